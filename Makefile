@@ -1,0 +1,40 @@
+# `make demo` and `make test` are all the set-up there is: both create what they need in .venv, once.
+
+# The first Python that is new enough. `make PYTHON=...` chooses another.
+PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.14 python3,$(shell \
+	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
+BIN := .venv/bin
+
+.PHONY: demo test lint format bench clean
+.NOTPARALLEL:
+
+demo: .venv/export.stamp
+	$(BIN)/python export/build_engines.py --force
+	$(BIN)/blip2rt caption blip2rt/bundled/images/* --engine engines/
+
+test: .venv/dev.stamp
+	$(BIN)/pytest
+
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The quick suite: ratios against transformers in the same run. benchmarks/README.md lists the long ones.
+bench: .venv/dev.stamp
+	$(BIN)/pytest benchmarks
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# An extra is installed again when what it depends on has changed. dev contains export.
+.venv/%.stamp: pyproject.toml CMakeLists.txt
+	@test -n "$(PYTHON)" || { echo "blip2rt needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --editable '.[$*]'
+	@touch $@ $(if $(filter dev,$*),.venv/export.stamp)
