@@ -1,0 +1,205 @@
+"""Sizes and constants of a BLIP-2 model, read from the JSON of a transformers `Blip2Config`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import CheckpointError
+
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """ViT. Field names and defaults are those of transformers' `Blip2VisionConfig` (EVA ViT-g/14 at 224 px)."""
+
+    hidden_size: int = 1408
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 39
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches and the class token: N+1."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Q-Former. Field names and defaults are those of transformers' `Blip2QFormerConfig`."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    cross_attention_frequency: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """Decoder-only language model. Field names and defaults are those of transformers' `OPTConfig`."""
+
+    vocab_size: int = 50272
+    hidden_size: int = 768
+    ffn_dim: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    max_position_embeddings: int = 2048
+    activation_function: str = "relu"
+    enable_bias: bool = True
+    layer_norm_elementwise_affine: bool = True
+    _remove_final_layer_norm: bool = False
+    tie_word_embeddings: bool = True
+    bos_token_id: int = 2
+    pad_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """`eos_token_id`, which may be absent, one id or several, as a tuple."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+
+@dataclass(frozen=True)
+class Blip2Config:
+    """The whole model. `image_token_id` stands for a query slot in the text that transformers sees."""
+
+    vision: VisionConfig = VisionConfig()
+    qformer: QFormerConfig = QFormerConfig()
+    text: OPTConfig = OPTConfig()
+    num_query_tokens: int = 32
+    image_token_id: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any]) -> "Blip2Config":
+        """Read the parsed `config.json` of a transformers BLIP-2 checkpoint.
+
+        Raises:
+            CheckpointError: not a BLIP-2 configuration, a language model that is not a pre-norm OPT, or a value that
+                the reference model cannot represent. All problems are listed in one message.
+        """
+        if config.get("model_type") != "blip-2":
+            raise CheckpointError(
+                f"config.json says model_type {config.get('model_type')!r}, not 'blip-2': this is not a BLIP-2 "
+                "checkpoint; pass the directory of one to --model"
+            )
+        text = _section(config, "text_config")
+        language_model = text.get("model_type", "opt")
+        if language_model != "opt":
+            raise CheckpointError(
+                f"the language model is {language_model!r}; blip2rt exports BLIP-2 with an OPT language model: "
+                "pass such a checkpoint to --model"
+            )
+        vision = dict(_section(config, "vision_config"))
+        for name in ("image_size", "patch_size"):  # transformers allows [height, width]
+            if isinstance(vision.get(name), (list, tuple)) and len(set(vision[name])) == 1:
+                vision[name] = vision[name][0]
+        qformer = _section(config, "qformer_config")
+
+        problems: list[str] = []
+        parsed = cls(
+            vision=VisionConfig(**_known_fields(VisionConfig, vision, "vision_config", problems)),
+            qformer=QFormerConfig(**_known_fields(QFormerConfig, qformer, "qformer_config", problems)),
+            text=OPTConfig(**_known_fields(OPTConfig, text, "text_config", problems)),
+            num_query_tokens=config.get("num_query_tokens", 32),
+            image_token_id=config.get("image_token_index", config.get("image_token_id")),
+        )
+        if not problems:
+            problems = _contradictions(parsed, text, qformer)
+        if problems:
+            raise CheckpointError("config.json cannot be used: " + "; ".join(problems))
+        return parsed
+
+
+def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = config.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"config.json: {name} must be an object, not {type(section).__name__}")
+    return section
+
+
+def _known_fields(kind: type, section: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
+    """The fields of `kind` that `section` sets, type-checked against the defaults; wrong ones go to `problems`."""
+    values: dict[str, Any] = {}
+    for name, field in kind.__dataclass_fields__.items():  # type: ignore[attr-defined]
+        if name not in section:
+            continue
+        value, default = section[name], field.default
+        if name in ("eos_token_id", "pad_token_id"):
+            ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+            valid = all(type(i) is int and i >= 0 for i in ids) and (name == "eos_token_id" or ids != value)
+            value = tuple(value) if isinstance(value, (list, tuple)) else value
+        elif isinstance(default, (bool, str)):
+            valid = type(value) is type(default)
+        elif isinstance(default, int):
+            valid = type(value) is int and value >= (0 if name == "bos_token_id" else 1)
+        else:
+            valid = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        if valid:
+            values[name] = value
+        else:
+            problems.append(f"{where}.{name} is {section[name]!r}")
+    return values
+
+
+def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for where, part in (
+        ("vision_config", config.vision),
+        ("qformer_config", config.qformer),
+        ("text_config", config.text),
+    ):
+        if part.hidden_size % part.num_attention_heads:
+            problems.append(
+                f"{where}.hidden_size {part.hidden_size} is not a multiple of num_attention_heads "
+                f"{part.num_attention_heads}"
+            )
+    for where, activation in (
+        ("vision_config.hidden_act", config.vision.hidden_act),
+        ("qformer_config.hidden_act", config.qformer.hidden_act),
+        ("text_config.activation_function", config.text.activation_function),
+    ):
+        if activation not in ACTIVATIONS:
+            problems.append(f"{where} is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
+    if config.vision.image_size < config.vision.patch_size:
+        problems.append(
+            f"vision_config.image_size {config.vision.image_size} is smaller than patch_size {config.vision.patch_size}"
+        )
+    if type(config.num_query_tokens) is not int or config.num_query_tokens < 1:
+        problems.append(f"num_query_tokens is {config.num_query_tokens!r}")
+    if config.image_token_id is not None and (type(config.image_token_id) is not int or config.image_token_id < 0):
+        problems.append(f"image_token_index is {config.image_token_id!r}")
+    if text.get("do_layer_norm_before", True) is not True:
+        problems.append("text_config.do_layer_norm_before is false: post-norm OPT (opt-350m) is not supported")
+    if text.get("word_embed_proj_dim") not in (None, config.text.hidden_size):
+        problems.append(
+            f"text_config.word_embed_proj_dim {text['word_embed_proj_dim']} differs from hidden_size "
+            f"{config.text.hidden_size}: projected embeddings (opt-350m) are not supported"
+        )
+    for name, token in (
+        ("bos_token_id", config.text.bos_token_id),
+        *(("eos_token_id", i) for i in config.text.stop_token_ids),
+        ("pad_token_id", config.text.pad_token_id),
+        ("image_token_index", config.image_token_id),
+    ):
+        if type(token) is int and token >= config.text.vocab_size:
+            problems.append(f"{name} {token} is beyond the {config.text.vocab_size} embedding rows")
+    if qformer.get("use_qformer_text_input", False) is not False:
+        problems.append("qformer_config.use_qformer_text_input is true: a Q-Former that reads text is not supported")
+    return problems
