@@ -1,0 +1,100 @@
+"""ONNX Runtime on the CPU."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..errors import EngineError
+from ..trace import trace
+
+Array = np.ndarray[Any, Any]
+
+
+class Stage:
+    """One engine, ready to run. Safe to call from several threads."""
+
+    def __init__(self, name: str, path: Path, threads: int | None = None):
+        """Open an engine.
+
+        Args:
+            name: name of the stage, for traces and messages.
+            path: the .onnx file; its weights are mapped from the file beside it.
+            threads: cores to use; None: all that this process may use.
+
+        Raises:
+            EngineError: ONNX Runtime cannot read the file.
+        """
+        self.name = name
+        try:
+            self.session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise EngineError(
+                f"{path} cannot be opened ({_first_line(error)}); build it anew with `blip2rt export`"
+            ) from error
+        self.output_names = [output.name for output in self.session.get_outputs()]
+
+    def __call__(self, **inputs: Array) -> dict[str, Array]:
+        """Run once; inputs and outputs by the names of `stages.py`."""
+        outputs = self._run(lambda: self.session.run(self.output_names, inputs))
+        named = dict(zip(self.output_names, outputs, strict=True))
+        trace.outputs(self.name, named)
+        return named
+
+    def bind(self) -> "Binding":
+        """A binding of inputs and outputs to buffers of the caller."""
+        return Binding(self)
+
+    def _run(self, run: Callable[[], Any]) -> Any:
+        start = perf_counter()
+        try:
+            result = run()
+        except Exception as error:  # see above
+            raise EngineError(f"stage {self.name!r} failed: {_first_line(error)}") from error
+        trace.seconds(self.name, perf_counter() - start)
+        return result
+
+
+class Binding:
+    """Inputs and outputs of a stage bound to numpy arrays, which it reads and writes in place.
+
+    The arrays must stay alive and must not be resized while they are bound.
+    """
+
+    def __init__(self, stage: Stage):
+        self._stage = stage
+        self._binding = stage.session.io_binding()
+
+    def input(self, name: str, array: Array) -> None:
+        """Bind an input to a contiguous array."""
+        self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+
+    def output(self, name: str, array: Array) -> None:
+        """Bind an output to a contiguous array; the same one as an input for a cache that is updated in place."""
+        self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
+
+    def run(self) -> None:
+        """Run once."""
+        self._stage._run(lambda: self._stage.session.run_with_iobinding(self._binding))
+
+
+def session_options(threads: int | None) -> ort.SessionOptions:
+    """How every session of blip2rt is opened."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.log_severity_level = 3
+    return options
+
+
+def _address(array: Array) -> int:
+    if not array.flags.c_contiguous:
+        raise ValueError(f"only a contiguous array can be bound, not strides {array.strides} of shape {array.shape}")
+    return array.ctypes.data
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

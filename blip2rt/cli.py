@@ -1,0 +1,238 @@
+"""The `blip2rt` command: one function per command, no logic of its own.
+
+Results go to stdout, messages and progress to stderr. Exit status: 0 ok, 1 the work failed, 2 the call was wrong.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from . import __version__
+from .errors import Blip2rtError, ImageError, InputError
+from .options import GenerationOptions, resolve_options
+from .pipeline import ANSWER_DEFAULTS, BATCH_SIZE, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
+from .progress import progress
+from .results import Generation
+from .tokenizer import CAPTION_PROMPT
+
+RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
+OPTION_TYPES: dict[str, Callable[[str], Any]] = {
+    "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
+    "rules": str,
+}
+FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names are bytes that need not be UTF-8
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
+    except InputError as error:
+        print(f"blip2rt: {error}", file=sys.stderr)
+        return 2
+    except Blip2rtError as error:
+        print(f"blip2rt: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # which only means that the reader of our output has left
+            print(f"blip2rt: {error}", file=sys.stderr)
+        _drop_unwritten_output()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def export(arguments: argparse.Namespace) -> int:
+    """Build an engine directory."""
+    with _extra("export"):
+        from .bundled import CHECKPOINT
+        from .export import export_engine
+
+    engine = export_engine(
+        arguments.model or CHECKPOINT,
+        arguments.output,
+        precision=arguments.precision,
+        device=arguments.device,
+        tokenizer=arguments.tokenizer,
+        force=arguments.force,
+    )
+    print(f"built {engine}", file=sys.stderr)
+    return 0
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """Caption pictures."""
+    return _write_results(
+        arguments,
+        CAPTION_DEFAULTS,
+        lambda pipe, images, options: pipe.caption(images, arguments.prompt, options=options),
+    )
+
+
+def answer(arguments: argparse.Namespace) -> int:
+    """Answer a question about pictures."""
+    return _write_results(
+        arguments,
+        ANSWER_DEFAULTS,
+        lambda pipe, images, options: pipe.answer(images, arguments.question, options=options),
+    )
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Follow an instruction about pictures."""
+    return _write_results(
+        arguments,
+        GENERATE_DEFAULTS,
+        lambda pipe, images, options: pipe.generate(images, arguments.prompt, options=options),
+    )
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Compare an engine with the reference model, stage by stage."""
+    with _extra("export"):
+        from .export.verify import verify_engine
+
+    status = 0
+    for comparison in verify_engine(arguments.engine, arguments.model, arguments.name):
+        print(json.dumps(comparison.as_dict()) if arguments.json else comparison)
+        status = status or int(comparison.first_divergence is not None)
+    return status
+
+
+def inspect(arguments: argparse.Namespace) -> int:
+    """Show what is in an engine directory."""
+    from .inspection import describe_engine
+
+    description = describe_engine(arguments.engine, arguments.name)
+    print(json.dumps(description.as_dict()) if arguments.json else description)
+    return 0
+
+
+def _write_results(
+    arguments: argparse.Namespace,
+    defaults: Mapping[str, Any],
+    run: Callable[[Pipeline, list[Any], GenerationOptions], list[Generation]],
+) -> int:
+    """Run pictures in batches; a bad one becomes a row with its error, and the others go on."""
+    given = {field.name: getattr(arguments, field.name) for field in fields(GenerationOptions)}
+    options = GenerationOptions(**given)
+    resolve_options(defaults, options, {})  # a wrong call is refused before a picture is looked at
+    pipe = Pipeline(arguments.engine, name=arguments.name, threads=arguments.threads)
+    status = 0
+    starts = range(0, len(arguments.images), BATCH_SIZE)
+    for start in progress(starts, "images", total=len(arguments.images), step=BATCH_SIZE):
+        paths = arguments.images[start : start + BATCH_SIZE]
+        prepared = [_preprocess(pipe, path) for path in paths]
+        readable = [pixels for pixels in prepared if not isinstance(pixels, ImageError)]
+        results = iter(run(pipe, readable, options) if readable else [])
+        for path, pixels in zip(paths, prepared, strict=True):
+            error = pixels if isinstance(pixels, ImageError) else None
+            _write_row(path, None if error else next(results), error, arguments.json)
+            status = status or int(error is not None)
+    return status
+
+
+def _preprocess(pipe: Pipeline, path: str) -> Any:
+    try:
+        return pipe.preprocess(path)
+    except ImageError as error:
+        return error
+
+
+def _write_row(path: str, result: Generation | None, error: ImageError | None, as_json: bool) -> None:
+    if as_json:
+        row: dict[str, Any] = {"image": path}
+        row |= {key: getattr(result, key, None) for key in RESULT_KEYS}
+        others = result.alternatives if result else []
+        row |= {"alternatives": [{key: getattr(other, key) for key in RESULT_KEYS} for other in others]}
+        line = json.dumps(row | {"error": str(error) if error else None}, ensure_ascii=False)
+        # a file name that is no UTF-8 is escaped, as Python's json reads it: each line stays valid JSON
+        print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
+    elif result is None:
+        print(f"blip2rt: {path}: {error}", file=sys.stderr)
+    else:
+        for text in (result.text, *(other.text for other in result.alternatives)):
+            print(f"{path}: {text}", flush=True)
+
+
+def _drop_unwritten_output() -> None:
+    """Else Python would try to write it once more at its end, and complain once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turns a missing package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[{name}]'") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blip2rt", description="BLIP-2 as fast, portable engines.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"blip2rt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        added = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    exporter = command(export)
+    exporter.add_argument("--model", help="a transformers BLIP-2 directory or hub id (default: the bundled model)")
+    exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
+    exporter.add_argument("--precision", default="fp32", help="fp32")
+    exporter.add_argument("--device", default="cpu", help="cpu")
+    exporter.add_argument("--tokenizer", help="directory of the language model's tokenizer (default: the model's)")
+    exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
+
+    for run in (caption, answer, generate):
+        added = command(run)
+        added.add_argument("images", nargs="+", metavar="IMAGE")
+        _add_engine(added)
+        if run is answer:
+            added.add_argument("--question", required=True)
+        else:
+            added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
+        added.add_argument("--threads", type=int, help="cores to use (default: all)")
+        for field in fields(GenerationOptions):
+            option = "--" + field.name.replace("_", "-")
+            if field.name == "do_sample":
+                added.add_argument(option, action="store_true", default=None)
+            else:
+                kind = OPTION_TYPES.get(field.name, float if field.name in FLOATS else int)
+                added.add_argument(option, type=kind, metavar="VALUE")
+
+    verifier = command(verify)
+    verifier.add_argument("engine", metavar="ENGINE")
+    verifier.add_argument("--model", required=True, help="the checkpoint that the engine was built from")
+    inspector = command(inspect)
+    inspector.add_argument("engine", metavar="ENGINE")
+    for added in (verifier, inspector):
+        added.add_argument("--name", help="which engine of a folder")
+        added.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")
+    parser.add_argument("--name", help="which engine of a folder")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")

@@ -1,0 +1,186 @@
+"""The decoder engine and its cache: prefill once, step many, the beams of an image as branches of one tree.
+
+All rows of an image lie in one cache [B, H, C, d]: first its prefix (query slots and prompt, prefilled once, whatever
+the number of beams), then R rows a step. Which rows a beam descends from is told by `mask` alone, so beams that change
+places move no keys and values. The engine writes new rows into the cache in place.
+
+Every image has a capacity of its own. Where it is reached, rows that no beam descends from are dropped, and if it is
+still nearly full it grows to 1.5 times the live rows. Both depend on nothing but the image's own history: this is what
+makes an answer the same, bit for bit, alone and in any batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .backends import Stage
+from .stages import MASKED, StageSpec, cache_names
+
+Array = np.ndarray[Any, Any]
+
+GROWTH = 1.5
+CAPACITY_STEP = 16  # capacities are multiples of this many rows
+
+
+class CachedDecoder:
+    """The `search.Decoder` of a decoder-only language model.
+
+    Args:
+        stage: the decoder engine.
+        spec: its signature.
+        prefixes: [B, Q, D] float32, what the Q-Former saw.
+        prompts: token ids of every image, BOS first; lengths may differ.
+        num_rows: R, rows of an image that are decoded side by side.
+        max_new_tokens: longest generation, so that no more cache is taken than can be used.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        spec: StageSpec,
+        prefixes: Array,
+        prompts: Sequence[Sequence[int]],
+        num_rows: int,
+        max_new_tokens: int,
+    ):
+        batch, num_queries, _ = prefixes.shape
+        self._binding = stage.bind()
+        self._prefixes, self._prompts, self._num_rows = prefixes, prompts, num_rows
+        self._lengths = np.array([num_queries + len(prompt) for prompt in prompts])  # of the prefixes, [B]
+        self._used = np.zeros(batch, np.int64)  # cached rows, [B]
+        self._depths = self._lengths.copy()  # position of the next token, [B]
+        self._most_rows = self._lengths + num_rows * (max_new_tokens - 1)
+        self._capacities = np.array([self._capacity(b, n + num_rows) for b, n in enumerate(self._lengths)])
+        self._vocab_size = int(spec.outputs[0].shape[-1])
+        num_heads, head_width = (int(spec.inputs[-1].shape[axis]) for axis in (1, 3))
+        num_layers = (len(spec.outputs) - 1) // 2
+        self._past, self._present = cache_names(num_layers, "past"), cache_names(num_layers, "present")
+        # zeros, because a masked row still takes part in a product: 0 * NaN would be NaN
+        shape = (batch, num_heads, int(self._capacities.max()), head_width)
+        self._cache = [np.zeros(shape, np.float32) for _ in self._past]
+        self._step: dict[str, Array] = {}  # inputs of a step
+        self._logits = np.empty(0, np.float32)  # output of a step
+
+    def prefill(self) -> Array:
+        """Run all prefixes at once, right-padded: logits [B, 1, V]."""
+        batch, num_queries, width = self._prefixes.shape
+        num_rows = int(self._lengths.max())  # S
+        prefix = np.zeros((batch, num_rows, width), np.float32)
+        prefix[:, :num_queries] = self._prefixes
+        input_ids = np.zeros((batch, num_rows), np.int64)
+        input_ids[:, :num_queries] = -1  # rows of the prefix
+        for b, prompt in enumerate(self._prompts):
+            input_ids[b, num_queries : num_queries + len(prompt)] = prompt
+        capacity = self._cache[0].shape[2]
+        causal = np.where(np.arange(capacity) <= np.arange(num_rows)[:, None], np.float32(0), np.float32(MASKED))
+        inputs = {
+            "prefix": prefix,
+            "input_ids": input_ids,
+            "positions": np.minimum(np.arange(num_rows), self._lengths[:, None] - 1),
+            "write_indices": np.zeros(batch, np.int64),
+            "mask": np.ascontiguousarray(np.broadcast_to(causal, (batch, 1, num_rows, capacity))),
+            "logit_rows": self._lengths[:, None] - 1,
+        }
+        logits = np.empty((batch, 1, self._vocab_size), np.float32)
+        self._bind(inputs, logits)
+        self._binding.run()
+        self._used = self._lengths.copy()
+        self._prepare_steps()
+        return logits
+
+    def step(self, tokens: Array, parents: Array) -> Array:
+        """Run one new row for each of the R rows of every image: logits [B, R, V], valid until the next step."""
+        num_rows = self._num_rows
+        mask = self._step["mask"]
+        for b in range(len(tokens)):
+            mask[b, 0] = mask[b, 0, parents[b]]
+        self._make_room()
+        for b, used in enumerate(self._used):
+            self._step["mask"][b, 0, range(num_rows), range(used, used + num_rows)] = 0  # a row sees itself
+        self._step["input_ids"][:] = tokens
+        self._step["positions"][:] = self._depths[:, None]
+        self._step["write_indices"][:] = self._used
+        self._binding.run()
+        self._used += num_rows
+        self._depths += 1
+        return self._logits
+
+    def keep(self, images: Sequence[int]) -> None:
+        """Go on with these images, in this order; an image moves only to a smaller index or stays."""
+        for to, image in enumerate(images):
+            if to != image:
+                for cache in self._cache:
+                    cache[to] = cache[image]
+        self._cache = [cache[: len(images)] for cache in self._cache]
+        for name in ("_lengths", "_used", "_depths", "_most_rows", "_capacities"):
+            setattr(self, name, getattr(self, name)[list(images)])
+        self._step = {name: np.ascontiguousarray(array[list(images)]) for name, array in self._step.items()}
+        self._logits = self._logits[: len(images)]
+        self._bind(self._step, self._logits)
+
+    def _prepare_steps(self) -> None:
+        """Buffers of a step, bound once: only their contents change from step to step."""
+        batch, capacity = len(self._lengths), self._cache[0].shape[2]
+        num_rows, width = self._num_rows, self._prefixes.shape[2]
+        mask = np.full((batch, 1, num_rows, capacity), MASKED, np.float32)
+        mask[np.broadcast_to(np.arange(capacity) < self._lengths[:, None, None, None], mask.shape)] = 0
+        self._step = {
+            "prefix": np.zeros((batch, num_rows, width), np.float32),
+            "input_ids": np.zeros((batch, num_rows), np.int64),
+            "positions": np.zeros((batch, num_rows), np.int64),
+            "write_indices": np.zeros(batch, np.int64),
+            "mask": mask,
+            "logit_rows": np.tile(np.arange(num_rows), (batch, 1)),
+        }
+        self._logits = np.empty((batch, num_rows, self._vocab_size), np.float32)
+        self._bind(self._step, self._logits)
+
+    def _make_room(self) -> None:
+        """Drop dead rows of images that have reached their capacity; let capacities grow where that is not enough."""
+        for b in np.flatnonzero(self._used + self._num_rows > self._capacities).tolist():
+            self._drop_dead_rows(b)
+            needed = int(self._used[b]) + self._num_rows
+            self._capacities[b] = max(self._capacities[b], self._capacity(b, needed))
+        capacity = int(self._capacities.max())
+        if capacity > self._cache[0].shape[2]:
+            rows = int(self._used.max())
+            for i, cache in enumerate(self._cache):
+                self._cache[i] = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), np.float32)
+                self._cache[i][:, :, :rows] = cache[:, :, :rows]
+            mask = np.full((*self._step["mask"].shape[:3], capacity), MASKED, np.float32)
+            mask[..., : self._step["mask"].shape[3]] = self._step["mask"]
+            self._step["mask"] = mask
+            self._bind(self._step, self._logits)
+
+    def _drop_dead_rows(self, b: int) -> None:
+        """Move the rows that some beam descends from together, in their order."""
+        used = int(self._used[b])
+        mask = self._step["mask"][b, 0]  # [R, C]
+        live = np.flatnonzero((mask[:, :used] == 0).any(axis=0))
+        first = int(np.argmin(np.append(live, -1) == np.arange(len(live) + 1)))  # rows before this one stay
+        if first == used:
+            return
+        moved = live[first:]
+        scratch = np.empty((len(moved), self._cache[0].shape[3]), np.float32)
+        for cache in self._cache:
+            for head in cache[b]:  # head by head, so that the copy stays small
+                np.take(head, moved, axis=0, out=scratch, mode="clip")
+                head[first : len(live)] = scratch
+        mask[:, first : len(live)] = mask[:, moved]
+        mask[:, len(live) : used] = MASKED
+        self._used[b] = len(live)
+
+    def _capacity(self, b: int, rows: int) -> int:
+        """Rows to hold for image b when `rows` of them are in use: half as many again, but never more than can be."""
+        wanted = min(int(rows * GROWTH), max(int(self._most_rows[b]), rows))
+        return -(-wanted // CAPACITY_STEP) * CAPACITY_STEP
+
+    def _bind(self, inputs: dict[str, Array], logits: Array) -> None:
+        for name, array in inputs.items():
+            self._binding.input(name, array)
+        self._binding.output("logits", logits)
+        for past, present, cache in zip(self._past, self._present, self._cache, strict=True):
+            self._binding.input(past, cache)
+            self._binding.output(present, cache)
+        self._bound = inputs  # keeps the arrays alive for as long as they are bound

@@ -1,0 +1,141 @@
+"""checkpoint -> engine directory: graphs -> lower -> weights -> verify, and one exchange at the end."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..engine_directory import building, describe_files
+from ..errors import ExportError, InputError
+from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
+from ..model import Blip2, Checkpoint
+from ..model.config import Blip2Config
+from ..model.weight_files import read_json
+from ..progress import Progress
+from .graphs import stage_specs, trace_stage
+from .lower import lower
+from .tokenizer_files import write_tokenizer
+from .verify import compare_engine
+from .weights import write_stage
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
+PRECISIONS, DEVICES = ("fp32",), ("cpu",)
+
+
+def export_engine(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    tokenizer: str | Path | None = None,
+    force: bool = False,
+) -> Path:
+    """Build the engine directory of a checkpoint and prove it against the reference model.
+
+    Peak memory is a few tensors and one block of the model, not the model.
+
+    Args:
+        model: a transformers BLIP-2 directory or hub id.
+        output: the engine directory; None: `engines/<model>-<precision>-<device>`.
+        precision: "fp32".
+        device: "cpu".
+        tokenizer: directory of the language model's tokenizer; None: the model's own.
+        force: replace an engine that is there.
+
+    Returns:
+        The engine directory.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        InputError: a wrong argument, or an output that is taken.
+        ExportError: the disk is full or cannot be written, or the engines disagree with the reference.
+    """
+    if precision in ("fp16", "bf16") and device == "cpu":
+        raise InputError(
+            f"the CPU has no {precision} kernels: use fp32 (int8 and int4 will serve there, but are not built yet)"
+        )
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if device not in DEVICES:
+        raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    checkpoint = Checkpoint(model)
+    config = checkpoint.config
+    if output is None:
+        output = Path("engines") / f"{checkpoint.directory.name}-{precision}-{device}"
+    try:
+        os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
+    except UnicodeEncodeError:
+        raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
+    specs = stage_specs(config)
+    parameters = checkpoint.count_parameters()
+    with building(output, force=force, needed=4 * sum(parameters.values())) as directory:
+        tokens = _token_spec(config)
+        write_tokenizer(Path(tokenizer) if tokenizer else checkpoint.directory, directory, config.text.vocab_size)
+        with torch.device("meta"):
+            reference = Blip2(config)
+        bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
+        for stage, spec in specs.items():
+            module = reference.get_submodule(stage)
+            graph = trace_stage(module, spec)
+            weights = lower(graph, {name for name, _ in module.named_parameters()})
+            write_stage(graph, weights, partial(_read, checkpoint, stage), directory / f"{stage}.onnx", bar.advance)
+        bar.close()
+        manifest = Manifest(
+            name=Path(output).name,
+            source_id=str(model),
+            source_sha256=checkpoint.sha256(),
+            precision=precision,
+            device=device,
+            image=_image_spec(checkpoint),
+            tokens=tokens,
+            parameters=parameters,
+            toolchain=_toolchain(),
+            parity={},
+            model=config.to_dict(),
+            stages={stage: Stage(f"{stage}.onnx", spec) for stage, spec in specs.items()},
+            files={},
+        )
+        comparisons = list(compare_engine(directory, manifest, checkpoint))
+        diverged = [c for c in comparisons if c.first_divergence]
+        if diverged:
+            raise ExportError(
+                "the engines disagree with the reference model, nothing was written: "
+                + "; ".join(str(c) for c in diverged)
+            )
+        parity = {c.stage: c.parity for c in comparisons}
+        replace(manifest, parity=parity, files=describe_files(directory)).write(directory)
+    return Path(output)
+
+
+def _read(checkpoint: Checkpoint, stage: str, name: str) -> torch.Tensor:
+    return checkpoint.parameter(f"{stage}.{name}")
+
+
+def _token_spec(config: Blip2Config) -> TokenSpec:
+    text = config.text
+    return TokenSpec(text.bos_token_id, text.pad_token_id, text.stop_token_ids, config.image_token_id)
+
+
+def _image_spec(checkpoint: Checkpoint) -> ImageSpec:
+    """Mean and std from the checkpoint's processor, where it has one."""
+    settings: dict[str, Any] = {}
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (checkpoint.directory / name).is_file():
+            content = read_json(checkpoint.directory / name)
+            settings |= content.get("image_processor") or content
+    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
+    for what, values in (("image_mean", mean), ("image_std", std)):
+        if len(values) != 3 or not all(isinstance(v, (int, float)) and abs(v) < 10 for v in values):
+            raise ExportError(f"{checkpoint.directory}: the processor's {what} is {values!r}, not three numbers")
+    return ImageSpec(checkpoint.config.vision.image_size, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def _toolchain() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "transformers", "tokenizers")
+    return {"blip2rt": __version__} | {package: version(package) for package in packages}

@@ -1,0 +1,71 @@
+"""ONNX -> ONNX: what the runtime should not have to do is done once, here.
+
+Linear layers come out of torch as MatMul(x, Transpose(weight)). A weight that is used only so is stored transposed; the
+token embedding, which is also looked up row by row, stays as it is and the output layer becomes Gemm(transB=1).
+"""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """How an initialiser is made from the parameter of the same name."""
+
+    parameter: str
+    transposed: bool = False
+
+
+def lower(model: ir.Model, parameters: set[str]) -> dict[str, StoredWeight]:
+    """Rewrite the graph in place.
+
+    Args:
+        model: graph from `trace_stage`.
+        parameters: names of the initialisers that are weights of the module.
+
+    Returns:
+        What each of these initialisers is to be filled with, in the order in which the graph uses them.
+    """
+    graph = model.graph
+    transposed: set[str] = set()
+    for node in list(graph):
+        if node.op_type != "Transpose":
+            continue
+        weight, product = node.inputs[0], node.outputs[0]
+        if weight is None or weight.name not in parameters:
+            continue
+        if len(weight.uses()) == 1:
+            assert weight.shape is not None
+            weight.shape = ir.Shape(list(reversed(weight.shape.dims)))
+            transposed.add(weight.name)
+            ir.convenience.replace_all_uses_with(product, weight)
+        else:
+            for use in tuple(product.uses()):
+                _to_gemm(graph, use.node, weight)
+        graph.remove(node, safe=True)
+    _sort_inputs(graph, parameters)
+    return {
+        name: StoredWeight(name, transposed=name in transposed) for name in graph.initializers if name in parameters
+    }
+
+
+def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
+    """MatMul(x [M, D], Transpose(weight [V, D])) -> Gemm(x, weight, transB=1)."""
+    if matmul.op_type != "MatMul":
+        raise NotImplementedError(f"a shared weight feeds {matmul.op_type} {matmul.name} transposed")
+    gemm = ir.node("Gemm", [matmul.inputs[0], weight], attributes={"transB": 1}, name=f"{matmul.name}_gemm")
+    output = gemm.outputs[0]
+    output.name, output.shape, output.type = (matmul.outputs[0].name, matmul.outputs[0].shape, matmul.outputs[0].type)
+    graph.insert_before(matmul, gemm)
+    ir.convenience.replace_all_uses_with(matmul.outputs[0], output, replace_graph_outputs=True)
+    graph.remove(matmul, safe=True)
+
+
+def _sort_inputs(graph: ir.Graph, parameters: set[str]) -> None:
+    """Put the weights into the order of their first use, so that a file is read from front to back."""
+    order = {v.name: i for i, v in enumerate(v for node in graph for v in node.inputs if v is not None)}
+    weights = sorted((name for name in graph.initializers if name in parameters), key=lambda name: order.get(name, 0))
+    for name in weights:
+        value = graph.initializers.pop(name)
+        graph.initializers[name] = value

@@ -1,0 +1,255 @@
+"""Engines against the reference model, piece by piece, so that neither has to fit in memory.
+
+A stage is an embedding, blocks and a head. The graph is cut where `graphs.py` named the residual stream `hidden_<i>`;
+each piece runs in ONNX Runtime beside the reference's module of the same name. Both streams go their own way from the
+common input to the end, so the last numbers are those of the whole stage. Sizes differ from those traced.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from torch import Tensor
+
+from ..backends.ort import session_options
+from ..engine_directory import check_files, find_engine
+from ..errors import EngineError
+from ..manifest import Manifest, Parity
+from ..model import Blip2, Checkpoint
+from ..progress import progress
+from ..stages import DECODER, MASKED, QFORMER, VISION, StageSpec
+
+Array = np.ndarray[Any, Any]
+
+TOKEN_EMBEDDING = "embedding.token.weight"  # the head reads it where the two are tied
+IR_VERSION = 11  # of the ONNX files that the pieces are made into
+LIMITS = {"fp32": 2e-4}  # largest difference over the reference's largest value
+
+
+@dataclass
+class Comparison:
+    """How far one stage is from the reference. Relative: largest difference over the reference's largest value."""
+
+    stage: str
+    limit: float
+    sizes: dict[str, Any]
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    cosine: float = 1.0
+    pieces: dict[str, float] = field(default_factory=dict)  # relative difference after every piece, in order
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first piece whose outputs are beyond the limit."""
+        return next((piece for piece, relative in self.pieces.items() if not relative <= self.limit), None)
+
+    @property
+    def parity(self) -> Parity:
+        """What the manifest keeps."""
+        return Parity(self.max_abs, self.max_rel, self.cosine, self.sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers for scripts; JSON has no infinity, null stands for it."""
+        numbers = {"max_abs": self.max_abs, "max_rel": self.max_rel, "cosine": self.cosine}
+        finite = {name: value if np.isfinite(value) else None for name, value in numbers.items()}
+        return {"stage": self.stage, **finite, "sizes": self.sizes, "first_divergence": self.first_divergence}
+
+    def add(self, piece: str, engine: Array, reference: Tensor, is_output: bool) -> None:
+        """Compare one tensor; outputs of the stage count for its totals."""
+        a, b = engine.astype(np.float64).ravel(), reference.numpy().astype(np.float64).ravel()
+        absolute, relative, cosine = np.inf, np.inf, 0.0  # where one of them is NaN
+        if np.isfinite(a).all() and np.isfinite(b).all():
+            absolute = float(np.abs(a - b).max())
+            relative = absolute / max(float(np.abs(b).max()), 1e-30)
+            cosine = float(a @ b) / max(float(np.linalg.norm(a) * np.linalg.norm(b)), 1e-300)
+        self.pieces[piece] = max(self.pieces.get(piece, 0.0), relative)
+        if is_output:
+            self.max_abs, self.max_rel = max(self.max_abs, absolute), max(self.max_rel, relative)
+            self.cosine = min(self.cosine, cosine)
+
+    def __str__(self) -> str:
+        numbers = f"max {self.max_abs:.2e}, relative {self.max_rel:.2e}, cosine {self.cosine:.9f}"
+        where = f", diverges first in {self.first_divergence} (limit {self.limit:g})" if self.first_divergence else ""
+        return f"{self.stage}: {numbers}{where}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a stage: a module of the reference, and the names of what it reads and gives."""
+
+    module: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def verify_engine(path: str | Path, model: str | Path, name: str | None = None) -> Iterator[Comparison]:
+    """Check all files of an engine directory, then compare its stages with the checkpoint it was built from.
+
+    Args:
+        path: an engine directory, or a folder that holds one.
+        model: the checkpoint.
+        name: which engine of the folder.
+
+    Raises:
+        EngineError: a file is missing or altered, or the checkpoint is of another model.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    directory = find_engine(path, name)
+    manifest = Manifest.read(directory)
+    check_files(manifest, directory, full=True)
+    checkpoint = Checkpoint(model)
+    if json.loads(json.dumps(checkpoint.config.to_dict())) != manifest.model:  # as JSON knows it: no tuples
+        raise EngineError(f"{directory} was built from {manifest.source_id}, a model of other sizes than {model}")
+    return compare_engine(directory, manifest, checkpoint)
+
+
+def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> Iterator[Comparison]:
+    """Compare every stage, in order.
+
+    Args:
+        directory: where the graphs lie.
+        manifest: its manifest, finished or not.
+        checkpoint: what it was built from.
+    """
+    with torch.device("meta"):
+        reference = Blip2(checkpoint.config)
+    for stage, entry in manifest.stages.items():
+        module, signature = reference.get_submodule(stage), entry.signature
+        num_positions = checkpoint.config.text.max_position_embeddings
+        arrays = _decoder_inputs(signature, num_positions) if stage == DECODER else _random_inputs(signature)
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
+        with _engine_errors(directory / entry.file):
+            graph = ir.load(directory / entry.file).graph
+        pieces = _pieces(stage, len(list(module.get_submodule("blocks").children())))
+        for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
+            if TOKEN_EMBEDDING in piece.inputs:
+                tensors[TOKEN_EMBEDDING] = checkpoint.parameter(f"{stage}.{TOKEN_EMBEDDING}")
+            loaded = checkpoint.load(deepcopy(module.get_submodule(piece.module)), f"{stage}.{piece.module}")
+            with torch.no_grad():
+                expected = loaded(*(tensors[name] for name in piece.inputs))
+            expected = expected if isinstance(expected, tuple) else (expected,)
+            tensors |= dict(zip(piece.outputs, expected, strict=True))
+            with _engine_errors(directory / entry.file):
+                arrays |= _run_piece(graph, directory, arrays, piece.outputs)
+            for name in piece.outputs:
+                is_output = name in [output.name for output in signature.outputs]
+                comparison.add(piece.module, arrays[name], tensors[name], is_output)
+        yield comparison
+
+
+@contextmanager
+def _engine_errors(path: Path) -> Iterator[None]:
+    """What onnx_ir and ONNX Runtime say of a graph they cannot use, as one error; theirs share no base class."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise EngineError(f"{path} cannot be run ({reason}): build the engine again with `blip2rt export`") from error
+
+
+def _pieces(stage: str, num_blocks: int) -> list[Piece]:
+    """What a stage consists of, in order."""
+    hidden = [f"hidden_{i}" for i in range(num_blocks + 1)]
+    blocks = range(num_blocks)
+    if stage == VISION:
+        return [
+            Piece("embedding", ("pixel_values",), (hidden[0],)),
+            *(Piece(f"blocks.{i}", (hidden[i],), (hidden[i + 1],)) for i in blocks),
+            Piece("norm", (hidden[-1],), ("image_embeds",)),
+        ]
+    if stage == QFORMER:
+        hidden[-1] = "query_embeds"
+        return [
+            Piece("embedding", ("image_embeds",), (hidden[0],)),
+            *(Piece(f"blocks.{i}", (hidden[i], "image_embeds"), (hidden[i + 1],)) for i in blocks),
+            Piece("projection", (hidden[-1],), ("prefix",)),
+        ]
+    past = [(f"past_key_{i}", f"past_value_{i}") for i in blocks]
+    present = [(f"present_key_{i}", f"present_value_{i}") for i in blocks]
+    return [
+        Piece("embedding", ("prefix", "input_ids", "positions"), (hidden[0],)),
+        *(
+            Piece(f"blocks.{i}", (hidden[i], "write_indices", "mask", *past[i]), (hidden[i + 1], *present[i]))
+            for i in blocks
+        ),
+        Piece("head", (hidden[-1], "logit_rows", TOKEN_EMBEDDING), ("logits",)),
+    ]
+
+
+def _random_inputs(signature: StageSpec) -> dict[str, Array]:
+    """Normal noise for a batch of 3; graphs are traced with 2."""
+    rng = np.random.default_rng(0)
+    return {
+        tensor.name: rng.standard_normal(
+            [3 if isinstance(size, str) else size for size in tensor.shape], dtype=np.float32
+        )
+        for tensor in signature.inputs
+    }
+
+
+def _decoder_inputs(signature: StageSpec, num_positions: int) -> dict[str, Array]:
+    """A step in the middle of a search: 3 images at different depths, 5 rows each, random ancestors."""
+    rng = np.random.default_rng(0)
+    sizes = {"B": 3, "S": 5, "C": 23, "R": 2}
+    inputs: dict[str, Array] = {}
+    for tensor in signature.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.dtype == "float32":
+            inputs[tensor.name] = rng.standard_normal(shape, dtype=np.float32)
+    write_indices = np.array([9, 0, 18])
+    own = write_indices[:, None] + np.arange(sizes["S"])  # [B, S] where each row is written
+    visible = (rng.random((sizes["B"], sizes["S"], sizes["C"])) < 0.5) & (
+        np.arange(sizes["C"]) < write_indices[:, None, None]
+    )
+    visible |= np.arange(sizes["C"]) == own[:, :, None]
+    vocab_size = int(signature.outputs[0].shape[-1])
+    input_ids = rng.integers(0, vocab_size, own.shape)
+    input_ids[:, 0] = -1  # a row of the picture
+    return inputs | {
+        "input_ids": input_ids,
+        "positions": own % num_positions,
+        "write_indices": write_indices,
+        "mask": np.where(visible, np.float32(0), np.float32(MASKED))[:, None],
+        "logit_rows": rng.integers(0, sizes["S"], (sizes["B"], sizes["R"])),
+    }
+
+
+def _sizes(signature: StageSpec, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """The sizes of the legend that these inputs have."""
+    return {
+        size: int(inputs[tensor.name].shape[axis])
+        for tensor in signature.inputs
+        for axis, size in enumerate(tensor.shape)
+        if isinstance(size, str)
+    }
+
+
+def _run_piece(graph: ir.Graph, folder: Path, known: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    """Compute `outputs` from the values that are known; only the weights in between are read."""
+    inputs: dict[str, ir.Value] = {}
+    seen: set[ir.Value] = set()
+    pending = [value for node in graph for value in node.outputs if value.name in outputs]
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.name in known:
+            inputs[str(value.name)] = value
+        elif (node := value.producer()) is not None:
+            pending += [v for v in node.inputs if v is not None]
+    piece = ir.Model(ir.convenience.extract(graph, list(inputs), list(outputs)), ir_version=IR_VERSION)
+    options = session_options(None)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    session = ort.InferenceSession(ir.to_proto(piece).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    results = session.run(list(outputs), {name: known[name] for name in inputs})
+    return dict(zip(outputs, results, strict=True))

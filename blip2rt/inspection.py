@@ -1,0 +1,88 @@
+"""What is in an engine directory, for people and for scripts. Needs no engine to be opened."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .engine_directory import find_engine
+from .manifest import Manifest
+from .stages import TensorSpec
+
+
+@dataclass(frozen=True)
+class Description:
+    """An engine directory described: `str()` for people, `as_dict()` for scripts."""
+
+    directory: Path
+    manifest: Manifest
+
+    def as_dict(self) -> dict[str, Any]:
+        """The manifest's facts, with the bytes of every stage."""
+        manifest = self.manifest
+        return {
+            "engine": str(self.directory),
+            "kind": manifest.kind,
+            "source": manifest.source_id,
+            "source_sha256": manifest.source_sha256,
+            "precision": manifest.precision,
+            "device": manifest.device,
+            "parameters": manifest.parameters | {"total": sum(manifest.parameters.values())},
+            "bytes": {stage: self._bytes(stage) for stage in manifest.stages},
+            "stages": {
+                stage: {
+                    "inputs": {t.name: [t.dtype, list(t.shape)] for t in entry.signature.inputs},
+                    "outputs": {t.name: [t.dtype, list(t.shape)] for t in entry.signature.outputs},
+                }
+                for stage, entry in manifest.stages.items()
+            },
+            "parity": {stage: {"max_rel": p.max_rel, "cosine": p.cosine} for stage, p in manifest.parity.items()},
+            "toolchain": manifest.toolchain,
+        }
+
+    def __str__(self) -> str:
+        manifest = self.manifest
+        total = sum(manifest.parameters.values())
+        lines = [
+            f"{self.directory}: {manifest.kind} engine, {manifest.precision} on {manifest.device}",
+            f"source      {manifest.source_id} (sha256 {manifest.source_sha256[:16]}...)",
+            f"parameters  {total / 1e6:,.2f} M",
+            f"image       {manifest.image.size} x {manifest.image.size} px",
+            f"tokens      BOS {manifest.tokens.bos}, stop {list(manifest.tokens.stop)}, pad {manifest.tokens.pad}",
+            "",
+            f"{'stage':<10}{'parameters':>14}{'MiB':>10}  {'max rel':>9}  inputs -> outputs",
+        ]
+        for stage, entry in manifest.stages.items():
+            parity = manifest.parity.get(stage)
+            signature = entry.signature
+            shown = f"{_signature(signature.inputs)} -> {_signature(signature.outputs)}"
+            lines.append(
+                f"{stage:<10}{manifest.parameters.get(stage, 0):>14,}{self._bytes(stage) / 2**20:>10,.1f}  "
+                f"{f'{parity.max_rel:.1e}' if parity else '':>9}  {shown}"
+            )
+        lines += ["", "built with  " + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())]
+        return "\n".join(lines)
+
+    def _bytes(self, stage: str) -> int:
+        graph = self.manifest.stages[stage].file
+        return sum(self.manifest.files[name].size for name in (graph, str(Path(graph).with_suffix(".data"))))
+
+
+def describe_engine(path: str | Path, name: str | None = None) -> Description:
+    """Read the manifest of an engine directory, or of the one engine in a folder.
+
+    Raises:
+        EngineError: none there, several, or an unreadable manifest.
+    """
+    directory = find_engine(path, name)
+    return Description(directory, Manifest.read(directory))
+
+
+def _signature(tensors: tuple[TensorSpec, ...]) -> str:
+    """Names and shapes; the cache of many layers as its first tensor."""
+    shown = [
+        f"{t.name} {list(t.shape)}".replace("'", "") for t in tensors if not t.name.startswith(("past_", "present_"))
+    ]
+    cached = [t for t in tensors if t.name.startswith(("past_", "present_"))]
+    if cached:
+        shown.append(f"{len(cached)} x {cached[0].name.split('_')[0]} {list(cached[0].shape)}".replace("'", ""))
+    return ", ".join(shown)

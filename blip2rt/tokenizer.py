@@ -1,0 +1,57 @@
+"""Text <-> token ids of the language model, and the prompts that BLIP-2 was trained with."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from .errors import EngineError, InputError
+from .manifest import TokenSpec
+
+CAPTION_PROMPT = "a photo of"
+QUESTION_PROMPT = "Question: {} Answer:"  # for OPT: BLIP-2 paper, section 4.1
+
+
+class Tokenizer:
+    """The tokenizer of an engine directory."""
+
+    def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int):
+        """Read a `tokenizer.json`.
+
+        Raises:
+            EngineError: the file cannot be read.
+        """
+        self.tokens, self.vocab_size = tokens, vocab_size
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise EngineError(
+                f"{path} cannot be read ({error}); build the engine anew with `blip2rt export`"
+            ) from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, prompt: str) -> list[int]:
+        """Prompt -> ids, with exactly one BOS in front.
+
+        Raises:
+            InputError: not a string, or text that stands for an image slot or for no embedding row.
+        """
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt must be a string, not {type(prompt).__name__}")
+        try:
+            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair
+            raise InputError(f"the prompt {prompt!r} is not valid text") from error
+        if self.tokens.image is not None and self.tokens.image in ids:
+            raise InputError(f"the prompt {prompt!r} holds the placeholder of the image, which blip2rt puts in itself")
+        beyond = [i for i in ids if i >= self.vocab_size]
+        if beyond:
+            raise InputError(
+                f"the prompt {prompt!r} holds token {beyond[0]}, but the model has {self.vocab_size} embedding rows"
+            )
+        return [self.tokens.bos, *ids]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Ids -> text, special tokens skipped, not stripped."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
