@@ -1,0 +1,81 @@
+"""results/*.json -> the table of the README, between its two `figures` marks.
+
+python benchmarks/report.py            prints it
+python benchmarks/report.py --write    puts it into README.md
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parent / "README.md"
+BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The README's table of figures, from benchmarks/results.")
+    parser.add_argument("--write", action="store_true", help="put it into README.md")
+    arguments = parser.parse_args(argv)
+    table = figures()
+    if arguments.write:
+        before, _, rest = README.read_text().partition(BEGIN)
+        README.write_text(before + BEGIN + table + END + rest.partition(END)[2])
+    else:
+        print(table, end="")
+    return 0
+
+
+def figures() -> str:
+    """Markdown of all figures."""
+    return full_size(load("full-size-fp32")) + "\n" + tree_cache(load("tree-cache"))
+
+
+def full_size(result: dict[str, Any]) -> str:
+    """The whole of OPT-2.7B beside transformers."""
+    ours, theirs, built = result["ours"], result["transformers"], result["export"]
+    parameters, machine = result["make"]["parameters"], result["machine"]
+    tokens = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
+    peer = f"transformers {result['versions']['transformers']}, fp32, eager"
+    return "\n".join(
+        (
+            f"BLIP-2 OPT-2.7B at full size, random weights, {parameters / 1e6:,.2f} M parameters: {result['task']},",
+            f"{machine['cores']} cores of {machine['cpu']} (`{result['command']}`):",
+            "",
+            "| | one caption | peak memory | |",
+            "|---|---|---|---|",
+            f"| blip2rt, fp32 | {ours['seconds']:.1f} s | {ours['peak_gb']:.1f} GB "
+            f"| {ours['encode_seconds']:.1f} s of it vision and Q-Former |",
+            f"| {peer} | {theirs['seconds']:.1f} s | {theirs['peak_gb']:.1f} GB "
+            f"| {result['speedup']:.1f} x the time, {tokens} |",
+            f"| export | {built['seconds']:.0f} s | {built['peak_gb']:.1f} GB "
+            f"| the engine: {4e-9 * parameters:.1f} GB |",
+            "",
+        )
+    )
+
+
+def tree_cache(result: dict[str, Any]) -> str:
+    """Beams as a tree against a cache for every beam."""
+    bare, moving = result["tree_over_per_beam"], result["tree_over_per_beam_reorder"]
+    return "\n".join(
+        (
+            "A step of the beam tree over a step with a cache for every beam: the same ops in the same run,",
+            f"{result['task']}, layers of OPT-2.7B's size (`{result['command']}`):",
+            f"{bare['shared']:.2f} x where beams share ancestors ({moving['shared']:.2f} x with the copies that",
+            f"changing places costs there), {bare['diverged']:.2f} x where they share none.",
+            "",
+        )
+    )
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    result: dict[str, Any] = json.loads((FOLDER / "results" / f"{name}.json").read_text())
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

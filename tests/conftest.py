@@ -1,0 +1,122 @@
+"""Tiny random checkpoints in transformers' own format, and engines of one of them, for all tests."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+
+from blip2rt import Pipeline
+from blip2rt.export import export_engine
+
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids as OPT's: <pad> is 1, </s> is BOS and 2
+
+CheckpointMaker = Callable[..., Path]
+
+
+def make_checkpoint(directory: Path, seed: int = 0, **text: Any) -> Path:
+    """A random BLIP-2 of odd sizes drawn from `seed`; `text` overrides fields of the language model's config.
+
+    Weights are large enough that pictures and prompts matter, and the last id but one of the tokenizer stops a text
+    often enough. Words are w0, w1, ...; the last id is the placeholder of the image.
+    """
+    draw = random.Random(seed)
+    vocab_size = draw.randint(40, 130)
+    heads = {part: draw.randint(1, 4) for part in ("vision", "qformer", "text")}
+    widths = {part: heads[part] * draw.randint(3, 11) for part in heads}
+    patch = draw.choice([7, 14])
+    config = Blip2Config(
+        vision_config={
+            "hidden_size": widths["vision"],
+            "intermediate_size": draw.randint(10, 70),
+            "num_hidden_layers": draw.randint(1, 6),
+            "num_attention_heads": heads["vision"],
+            "image_size": patch * draw.randint(1, 6),
+            "patch_size": patch,
+        },
+        qformer_config={
+            "hidden_size": widths["qformer"],
+            "intermediate_size": draw.randint(10, 70),
+            "num_hidden_layers": draw.randint(1, 6),
+            "num_attention_heads": heads["qformer"],
+            "cross_attention_frequency": draw.choice([1, 2, 2, 3]),
+        },
+        text_config={
+            "model_type": "opt",
+            "hidden_size": widths["text"],
+            "ffn_dim": draw.randint(10, 90),
+            "num_hidden_layers": draw.randint(1, 6),
+            "num_attention_heads": heads["text"],
+            "vocab_size": vocab_size,
+            "max_position_embeddings": 160,
+            "word_embed_proj_dim": widths["text"],
+            "bos_token_id": 2,
+            "pad_token_id": 1,
+            "eos_token_id": vocab_size - 2,
+            **text,
+        },
+        num_query_tokens=draw.randint(1, 40),
+        image_token_index=vocab_size - 1,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    model = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_gain = parameter.ndim == 1 and name.endswith("weight")
+            parameter.copy_(1 + 0.1 * noise if is_gain else 0.3 * noise)
+        model.query_tokens.normal_(generator=generator)
+    model.language_model.tie_weights()
+    model.save_pretrained(directory)
+    write_tokenizer(directory, vocab_size)
+    return directory
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A word-level tokenizer in transformers' format; its last two words are the stop token and the image."""
+    words = [*SPECIAL, *(f"w{i}" for i in range(vocab_size - len(SPECIAL) - 2)), "\n", "<image>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.add_special_tokens([*SPECIAL, "<image>"])
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    wrapped.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_maker() -> CheckpointMaker:
+    """`make_checkpoint`."""
+    return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint. Do not write into it."""
+    return make_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint", seed=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_checkpoint: Path) -> Path:
+    """Its engine directory. Do not write into it."""
+    return export_engine(tiny_checkpoint, tiny_checkpoint.parent / "engine")
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tiny_engine: Path) -> Pipeline:
+    """The pipeline of the tiny engine."""
+    return Pipeline(tiny_engine)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_pipeline: Pipeline) -> list[np.ndarray[Any, Any]]:
+    """Normalised pixel values of six random pictures."""
+    size = tiny_pipeline.manifest.image.size
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((3, size, size), dtype=np.float32) for _ in range(6)]
