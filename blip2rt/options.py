@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import InputError
 
-RULES = ("transformers",)
+RULES = ("transformers", "lavis")
 SAMPLING_ONLY = ("temperature", "top_k", "top_p")
 
 
@@ -34,7 +34,7 @@ class GenerationOptions:
     top_k: int | None = None  # sampling: only the k likeliest tokens; 50, 0: off
     top_p: float | None = None  # sampling: only the likeliest tokens that sum up to p (arXiv 1904.09751); 1: off
     seed: int | None = None  # sampling: same seed, same text; None: a new one for every call
-    rules: str | None = None  # whose beam search and penalties: "transformers"
+    rules: str | None = None  # whose beam search and penalties: "transformers" 5, or "lavis" (transformers 4.33)
 
     def __post_init__(self) -> None:
         for field in fields(self):

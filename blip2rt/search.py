@@ -3,7 +3,8 @@
 Each image has a search of its own (`advance` it with logits, it says which rows to decode next), so an answer cannot
 depend on the images beside it. The decoder is known by three methods: `prefill`, `step` and `keep`.
 
-The beam search follows transformers 5 (`GenerationMixin._beam_search`), its float32 arithmetic included.
+The beam search follows transformers 5 (`GenerationMixin._beam_search`), its float32 arithmetic included; with
+`rules="lavis"` it ends sequences as transformers 4.33 did (`BeamSearchScorer`), which LAVIS and mmpretrain ran on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,8 @@ def start_search(options: ResolvedOptions, history: Sequence[int], stop_ids: Seq
         history: the ids that the repetition and n-gram rules see before the first generated token.
         stop_ids: tokens that end a sequence; may be empty.
     """
-    kind = BeamSearch if options.num_beams > 1 else RowSearch
+    beams = LavisBeamSearch if options.rules == "lavis" else BeamSearch
+    kind = beams if options.num_beams > 1 else RowSearch
     return kind(options, history, stop_ids)
 
 
@@ -134,6 +136,18 @@ class RowSearch(Search):
         return found
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The best continuations of all beams of an image, best first: arrays [2K] or more."""
+
+    scores: Array  # sums of processed log-probabilities
+    parents: Array
+    tokens: Array
+    logprobs: Array  # raw ones of `tokens`
+    is_stop: Array
+    ends: Array
+
+
 class BeamSearch(Search):
     """K beams that compete, and the K best finished sequences."""
 
@@ -169,39 +183,46 @@ class BeamSearch(Search):
         candidate_scores, parents, tokens = flat[best], best // vocab_size, best % vocab_size
         raw = np.broadcast_to(logprobs, scores.shape)[parents, tokens]
         is_stop = np.isin(tokens, self.stop_ids)
-        ends = is_stop | (length >= options.max_new_tokens)
+        candidates = Candidates(candidate_scores, parents, tokens, raw, is_stop, is_stop | self._is_last(length))
 
         # STEP 3: the best that go on are the beams of the next step; sorted already, so a stable order suffices
-        running_scores = candidate_scores + ends * DEAD
+        running_scores = candidate_scores + candidates.ends * DEAD
         running = np.argsort(-running_scores, kind="stable")[:num_beams]
 
         # STEP 4: among the first K, those that end compete with the sequences finished before
-        final_scores = candidate_scores / np.float32(_length_divisor(length, options))
-        newly = np.flatnonzero(ends[:num_beams])
-        if not (self.is_finished.all() and options.early_stopping is True):
-            for place in newly:
-                sequence = self._sequence(
-                    parents[place], tokens[place], raw[place], is_stop[place], final_scores[place]
-                )
-                self._insert(sequence)
+        self._finish(candidates, length)
 
         # STEP 5: go on, unless nothing can improve
         self.scores = running_scores[running]
         tokens, parents = tokens[running], parents[running]
         self.history = np.concatenate((self.history[parents], tokens[:, None]), axis=1)
         self.logprobs = np.concatenate((self.logprobs[parents], raw[running][:, None]), axis=1)
-        if ends.all() or self._is_done(length):
+        if self._is_done(candidates, length):
             return None
         return tokens, parents
 
     def sequences(self) -> list[TokenSequence]:
         return [s for s in self.finished if s is not None][: self.options.num_return_sequences]
 
-    def _sequence(self, parent: int, token: int, logprob: float, is_stop: bool, score: float) -> TokenSequence:
+    def _is_last(self, length: int) -> bool:
+        """Whether every candidate of this length ends, stop token or not."""
+        return length >= self.options.max_new_tokens
+
+    def _finish(self, candidates: "Candidates", length: int) -> None:
+        """Take up the candidates among the first K that end."""
+        if self.is_finished.all() and self.options.early_stopping is True:
+            return
+        scores = candidates.scores / np.float32(_length_divisor(length, self.options))
+        for place in np.flatnonzero(candidates.ends[: self.options.num_beams]).tolist():
+            self._insert(self._sequence(candidates, place, scores[place]))
+
+    def _sequence(self, candidates: "Candidates", place: int, score: float) -> TokenSequence:
+        parent, is_stop = candidates.parents[place], bool(candidates.is_stop[place])
         tokens = self.history[parent, self.prompt_length :].tolist()
         logprobs = self.logprobs[parent].tolist()
         if not is_stop:
-            tokens, logprobs = [*tokens, int(token)], [*logprobs, float(logprob)]
+            tokens.append(int(candidates.tokens[place]))
+            logprobs.append(float(candidates.logprobs[place]))
         return TokenSequence(tokens, logprobs, "stop" if is_stop else "length", float(score))
 
     def _insert(self, sequence: TokenSequence) -> None:
@@ -213,15 +234,57 @@ class BeamSearch(Search):
         self.is_finished = np.insert(self.is_finished, place, True)[:-1]
         self.finished = [*self.finished[:place], sequence, *self.finished[place:]][:-1]
 
-    def _is_done(self, length: int) -> bool:
+    def _is_done(self, candidates: "Candidates", length: int) -> bool:
         """No beam can beat the worst finished sequence, by the estimate that `early_stopping` chooses."""
         options = self.options
-        if options.early_stopping is True and self.is_finished.all():
+        if candidates.ends.all() or (options.early_stopping is True and self.is_finished.all()):
             return True
         reach = options.max_new_tokens if options.early_stopping == "never" and options.length_penalty > 0 else length
         best_possible = self.scores[0] / np.float32(_length_divisor(reach, options))
         worst_finished = np.where(self.is_finished, self.finished_scores.min(), DEAD)
         return not bool((best_possible > worst_finished).any())
+
+
+class LavisBeamSearch(BeamSearch):
+    """Beam search that ends as transformers 4.33 did.
+
+    There the start token counts in the length of a sequence that is cut (but stands in for the stop token of one that
+    ended), the best candidate decides when to stop, whether it ends or not, and when the length is reached all K
+    running beams compete, not only those among the first K candidates.
+    """
+
+    def _is_last(self, length: int) -> bool:
+        return False  # `_is_done` takes up the running beams
+
+    def _finish(self, candidates: Candidates, length: int) -> None:
+        divisor = _length_divisor(length, self.options)
+        for place in np.flatnonzero(candidates.is_stop[: self.options.num_beams]).tolist():
+            self._insert(self._sequence(candidates, place, float(candidates.scores[place]) / divisor))
+
+    def _insert(self, sequence: TokenSequence) -> None:
+        """Keep the K best; among equals the last one comes first, and a full list takes better ones only."""
+        found = [other for other in self.finished if other is not None]
+        if len(found) == len(self.finished) and sequence.score <= found[-1].score:
+            return
+        place = sum(other.score > sequence.score for other in found)
+        found.insert(place, sequence)
+        missing = len(self.finished) - len(found)
+        self.finished = [*found[: len(self.finished)], *([None] * missing)]
+
+    def _is_done(self, candidates: Candidates, length: int) -> bool:
+        options, worst = self.options, self.finished[-1]
+        if worst is not None:
+            most = options.early_stopping == "never" and options.length_penalty > 0
+            divisor = _length_divisor((options.max_new_tokens if most else length) + 1, options)
+            if options.early_stopping is True or worst.score >= float(candidates.scores[0]) / divisor:
+                return True
+        if length < options.max_new_tokens:
+            return False
+        divisor = _length_divisor(length + 1, options)
+        for beam, score in enumerate(self.scores):
+            tokens, logprobs = self.history[beam, self.prompt_length :].tolist(), self.logprobs[beam].tolist()
+            self._insert(TokenSequence(tokens, logprobs, "length", float(score) / divisor))
+        return True
 
 
 def process(
