@@ -2,14 +2,15 @@
 
 All rows of an image lie in one cache [B, H, C, d]: first its prefix (query slots and prompt, prefilled once, whatever
 the number of beams), then R rows a step. Which rows a beam descends from is told by `mask` alone, so beams that change
-places move no keys and values. The engine writes new rows into the cache in place.
+places move no keys and values. The engine writes new rows into the cache in place. A model with an encoder (T5) has
+no prefix: its cache begins with the start token, and all beams look at one copy of what the encoder gave.
 
 Every image has a capacity of its own. Where it is reached, rows that no beam descends from are dropped, and if it is
 still nearly full it grows to 1.5 times the live rows. Both depend on nothing but the image's own history: this is what
 makes an answer the same, bit for bit, alone and in any batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,28 @@ from .stages import MASKED, StageSpec, cache_names
 Array = np.ndarray[Any, Any]
 
 GROWTH = 1.5
-CAPACITY_STEP = 16  # capacities are multiples of this many rows
+ROW_STEP = (
+    16  # rows that attention sees are padded to a multiple of this: else kernels sum up their last rows otherwise
+)
+
+
+def padded(num_rows: int) -> int:
+    """The next multiple of `ROW_STEP`."""
+    return -(-num_rows // ROW_STEP) * ROW_STEP
 
 
 class CachedDecoder:
-    """The `search.Decoder` of a decoder-only language model.
+    """The `search.Decoder` of a language model.
 
     Args:
         stage: the decoder engine.
         spec: its signature.
-        prefixes: [B, Q, D] float32, what the Q-Former saw.
+        prefixes: [B, Q, D] float32, what the Q-Former saw; [B, 0, D] where an encoder has read it.
         prompts: token ids of every image, BOS first; lengths may differ.
         num_rows: R, rows of an image that are decoded side by side.
         max_new_tokens: longest generation, so that no more cache is taken than can be used.
+        encoded: what an encoder gave and every row looks at, by the names of `spec`, [B, ...]; its `encoder_mask` is
+            [B, 1, 1, E], which serves the one row of a prefill and is repeated for steps.
     """
 
     def __init__(
@@ -43,9 +53,12 @@ class CachedDecoder:
         prompts: Sequence[Sequence[int]],
         num_rows: int,
         max_new_tokens: int,
+        encoded: Mapping[str, Array] | None = None,
     ):
         batch, num_queries, _ = prefixes.shape
         self._binding = stage.bind()
+        self._inputs = {tensor.name for tensor in spec.inputs}
+        self._encoded = dict(encoded or {})
         self._prefixes, self._prompts, self._num_rows = prefixes, prompts, num_rows
         self._lengths = np.array([num_queries + len(prompt) for prompt in prompts])  # of the prefixes, [B]
         self._used = np.zeros(batch, np.int64)  # cached rows, [B]
@@ -53,7 +66,7 @@ class CachedDecoder:
         self._most_rows = self._lengths + num_rows * (max_new_tokens - 1)
         self._capacities = np.array([self._capacity(b, n + num_rows) for b, n in enumerate(self._lengths)])
         self._vocab_size = int(spec.outputs[0].shape[-1])
-        num_heads, head_width = (int(spec.inputs[-1].shape[axis]) for axis in (1, 3))
+        num_heads, head_width = (int(spec.outputs[-1].shape[axis]) for axis in (1, 3))
         num_layers = (len(spec.outputs) - 1) // 2
         self._past, self._present = cache_names(num_layers, "past"), cache_names(num_layers, "present")
         # zeros, because a masked row still takes part in a product: 0 * NaN would be NaN
@@ -78,6 +91,7 @@ class CachedDecoder:
             "prefix": prefix,
             "input_ids": input_ids,
             "positions": np.minimum(np.arange(num_rows), self._lengths[:, None] - 1),
+            "cached_positions": np.tile(np.arange(capacity), (batch, 1)),
             "write_indices": np.zeros(batch, np.int64),
             "mask": np.ascontiguousarray(np.broadcast_to(causal, (batch, 1, num_rows, capacity))),
             "logit_rows": self._lengths[:, None] - 1,
@@ -98,6 +112,7 @@ class CachedDecoder:
         self._make_room()
         for b, used in enumerate(self._used):
             self._step["mask"][b, 0, range(num_rows), range(used, used + num_rows)] = 0  # a row sees itself
+            self._step["cached_positions"][b, used : used + num_rows] = self._depths[b]
         self._step["input_ids"][:] = tokens
         self._step["positions"][:] = self._depths[:, None]
         self._step["write_indices"][:] = self._used
@@ -115,12 +130,17 @@ class CachedDecoder:
         self._cache = [cache[: len(images)] for cache in self._cache]
         for name in ("_lengths", "_used", "_depths", "_most_rows", "_capacities"):
             setattr(self, name, getattr(self, name)[list(images)])
-        self._step = {name: np.ascontiguousarray(array[list(images)]) for name, array in self._step.items()}
+        self._step, self._encoded = (
+            {name: np.ascontiguousarray(array[list(images)]) for name, array in arrays.items()}
+            for arrays in (self._step, self._encoded)
+        )
         self._logits = self._logits[: len(images)]
         self._bind(self._step, self._logits)
 
     def _prepare_steps(self) -> None:
         """Buffers of a step, bound once: only their contents change from step to step."""
+        if "encoder_mask" in self._encoded:
+            self._encoded["encoder_mask"] = self._encoded["encoder_mask"].repeat(self._num_rows, axis=2)
         batch, capacity = len(self._lengths), self._cache[0].shape[2]
         num_rows, width = self._num_rows, self._prefixes.shape[2]
         mask = np.full((batch, 1, num_rows, capacity), MASKED, np.float32)
@@ -129,6 +149,7 @@ class CachedDecoder:
             "prefix": np.zeros((batch, num_rows, width), np.float32),
             "input_ids": np.zeros((batch, num_rows), np.int64),
             "positions": np.zeros((batch, num_rows), np.int64),
+            "cached_positions": np.tile(np.arange(capacity), (batch, 1)),
             "write_indices": np.zeros(batch, np.int64),
             "mask": mask,
             "logit_rows": np.tile(np.arange(num_rows), (batch, 1)),
@@ -151,6 +172,9 @@ class CachedDecoder:
             mask = np.full((*self._step["mask"].shape[:3], capacity), MASKED, np.float32)
             mask[..., : self._step["mask"].shape[3]] = self._step["mask"]
             self._step["mask"] = mask
+            cached_positions = np.zeros((len(mask), capacity), np.int64)
+            cached_positions[:, :rows] = self._step["cached_positions"][:, :rows]
+            self._step["cached_positions"] = cached_positions
             self._bind(self._step, self._logits)
 
     def _drop_dead_rows(self, b: int) -> None:
@@ -169,16 +193,19 @@ class CachedDecoder:
                 head[first : len(live)] = scratch
         mask[:, first : len(live)] = mask[:, moved]
         mask[:, len(live) : used] = MASKED
+        cached_positions = self._step["cached_positions"][b]  # [C]
+        cached_positions[first : len(live)] = cached_positions[moved]
         self._used[b] = len(live)
 
     def _capacity(self, b: int, rows: int) -> int:
         """Rows to hold for image b when `rows` of them are in use: half as many again, but never more than can be."""
         wanted = min(int(rows * GROWTH), max(int(self._most_rows[b]), rows))
-        return -(-wanted // CAPACITY_STEP) * CAPACITY_STEP
+        return padded(wanted)
 
     def _bind(self, inputs: dict[str, Array], logits: Array) -> None:
-        for name, array in inputs.items():
-            self._binding.input(name, array)
+        for name, array in (inputs | self._encoded).items():
+            if name in self._inputs:
+                self._binding.input(name, array)
         self._binding.output("logits", logits)
         for past, present, cache in zip(self._past, self._present, self._cache, strict=True):
             self._binding.input(past, cache)

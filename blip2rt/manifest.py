@@ -37,7 +37,10 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """Token ids of the inner language model. `image` stands for a query slot in the history that penalties see."""
+    """Token ids of the inner language model. `image` stands for a query slot in the history that penalties see.
+
+    `bos` starts what is generated: OPT's stands between query slots and prompt, T5's is the decoder's start token.
+    """
 
     bos: int
     pad: int | None

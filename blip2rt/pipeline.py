@@ -4,6 +4,7 @@ image ── preprocess ──> pixel_values [B, 3, S, S]
       ── vision ──────> image_embeds [B, N+1, Dv]     \\ `encode`: once an image
       ── qformer ─────> prefix       [B, Q, D]        /
 prompt ── tokenizer ──> prompts      B lists of ids
+     (── encoder ─────> keys, values [B, H, E, d]       T5 only: picture and prompt, read once)
       ── decoder ─────> logits, cache                   `prefill` once, `step` many
       ── search ──────> token ids    ── tokenizer ──> text
 """
@@ -15,7 +16,7 @@ from typing import Any, TypeVar, overload
 import numpy as np
 
 from .backends import Stage
-from .decoder import CachedDecoder
+from .decoder import CachedDecoder, padded
 from .engine_directory import check_files, find_engine
 from .errors import EngineError, ImageError, InputError
 from .manifest import Manifest
@@ -24,9 +25,10 @@ from .preprocess import ImageSource, preprocess
 from .progress import progress
 from .results import Answer, Caption, Generation, ImageFeatures
 from .search import RowSearch, TokenSequence, run_searches, start_search
-from .stages import DECODER, QFORMER, VISION
-from .tokenizer import CAPTION_PROMPT, QUESTION_PROMPT, Tokenizer
+from .stages import DECODER, ENCODER, MASKED, QFORMER, VISION
+from .tokenizer import CAPTION_PROMPT, QUESTION_PROMPT, SHORT_QUESTION_PROMPT, Tokenizer
 
+Array = np.ndarray[Any, Any]
 Image = ImageSource | ImageFeatures
 Kind = TypeVar("Kind", bound=Generation)
 
@@ -79,11 +81,14 @@ class Pipeline:
             stage: Stage(stage, self.directory / entry.file, threads) for stage, entry in self.manifest.stages.items()
         }
         self._vision, self._qformer, self._decoder = stages[VISION], stages[QFORMER], stages[DECODER]
+        self._encoder = stages.get(ENCODER)  # None: a decoder-only language model
         text = self.manifest.model["text"]
-        self._tokenizer = Tokenizer(self.directory / "tokenizer.json", self.manifest.tokens, text["vocab_size"])
-        self._num_positions = int(text["max_position_embeddings"])
+        self._tokenizer = Tokenizer(
+            self.directory / "tokenizer.json", self.manifest.tokens, text["vocab_size"], self._encoder is not None
+        )
+        self._num_positions: int | None = text.get("max_position_embeddings")  # None: T5, whose positions are relative
 
-    def preprocess(self, image: ImageSource) -> np.ndarray[Any, Any]:
+    def preprocess(self, image: ImageSource) -> Array:
         """Pixel values [3, S, S] of one picture, which every call takes in its place.
 
         Raises:
@@ -134,10 +139,11 @@ class Pipeline:
             InputError: wrong images (`ImageError`), questions or options.
         """
         resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
+        template = QUESTION_PROMPT if self._encoder is None else SHORT_QUESTION_PROMPT
         if isinstance(question, str):
-            prompts: str | list[str] = QUESTION_PROMPT.format(question)
+            prompts: str | list[str] = template.format(question)
         else:
-            prompts = [QUESTION_PROMPT.format(_checked_text(text)) for text in _checked_texts(question)]
+            prompts = [template.format(_checked_text(text)) for text in _checked_texts(question)]
         return self._generate(Answer, images, prompts, resolved)
 
     def generate(
@@ -198,7 +204,7 @@ class Pipeline:
                 features[i] = ImageFeatures(image_embeds[row], queries["query_embeds"][row], queries["prefix"][row])
         return [features.get(i) or self._checked_features(image) for i, image in enumerate(images)]
 
-    def _preprocess(self, image: Any, place: int, first_index: int | None) -> np.ndarray[Any, Any]:
+    def _preprocess(self, image: Any, place: int, first_index: int | None) -> Array:
         try:
             return self.preprocess(image)
         except ImageError as error:
@@ -216,9 +222,9 @@ class Pipeline:
         if not isinstance(prompt, str) and len(_checked_texts(prompt)) != num_images:
             raise InputError(f"{len(prompt)} prompts for {num_images} images: give one prompt, or one for every image")
         ids = [self._tokenizer.encode(text) for text in ([prompt] * num_images if isinstance(prompt, str) else prompt)]
-        num_queries = int(self.manifest.stages[QFORMER].signature.outputs[1].shape[1])
+        num_queries = self._num_queries
         longest = max(len(prompt_ids) for prompt_ids in ids)
-        if num_queries + longest + options.max_new_tokens - 1 > self._num_positions:
+        if self._num_positions and num_queries + longest + options.max_new_tokens - 1 > self._num_positions:
             left = max(0, self._num_positions - num_queries - longest + 1)
             raise InputError(
                 f"{num_queries} image slots, a prompt of {longest} tokens and max_new_tokens="
@@ -230,7 +236,8 @@ class Pipeline:
     def _decode(
         self, kind: type[Kind], features: list[ImageFeatures], prompts: list[list[int]], options: ResolvedOptions
     ) -> list[Kind]:
-        searches = [start_search(options, self._history(prompt), self.manifest.tokens.stop) for prompt in prompts]
+        stop = self.manifest.tokens.stop
+        searches = [start_search(options, self._history(prompt, options), stop) for prompt in prompts]
         for _ in run_searches(self._open_decoder(features, prompts, options), searches):
             pass
         return [self._result(kind, search.sequences()) for search in searches]
@@ -244,7 +251,7 @@ class Pipeline:
     def _stream(
         self, features: list[ImageFeatures], prompts: list[list[int]], options: ResolvedOptions
     ) -> Iterator[str]:
-        search = RowSearch(options, self._history(prompts[0]), self.manifest.tokens.stop)
+        search = RowSearch(options, self._history(prompts[0], options), self.manifest.tokens.stop)
         given = ""
         for _ in run_searches(self._open_decoder(features, prompts, options), [search]):
             text = self._tokenizer.decode(search.sequences()[0].token_ids).strip()
@@ -261,13 +268,44 @@ class Pipeline:
     ) -> CachedDecoder:
         prefixes = np.stack([f.prefix for f in features if f.prefix is not None])  # [B, Q, D]
         spec = self.manifest.stages[DECODER].signature
-        return CachedDecoder(self._decoder, spec, prefixes, prompts, options.num_rows, options.max_new_tokens)
+        encoded = None
+        if self._encoder is not None:
+            encoded = self._encode_prompts(prefixes, prompts)
+            prefixes, prompts = prefixes[:, :0], [[self.manifest.tokens.bos]] * len(prompts)
+        return CachedDecoder(self._decoder, spec, prefixes, prompts, options.num_rows, options.max_new_tokens, encoded)
 
-    def _history(self, prompt: list[int]) -> list[int]:
-        """What transformers' repetition and n-gram rules see before the first token: image slots, BOS and prompt."""
-        num_queries = int(self.manifest.stages[QFORMER].signature.outputs[1].shape[1])
+    def _encode_prompts(self, prefixes: Array, prompts: list[list[int]]) -> dict[str, Array]:
+        """Run the encoder over [prefix, prompt] of every image, right-padded: what the decoder looks at."""
+        assert self._encoder is not None
+        batch, num_queries, width = prefixes.shape
+        lengths = np.array([num_queries + len(prompt) for prompt in prompts])
+        num_rows = padded(int(lengths.max()))  # E
+        prefix = np.zeros((batch, num_rows, width), np.float32)
+        prefix[:, :num_queries] = prefixes
+        input_ids = np.zeros((batch, num_rows), np.int64)
+        input_ids[:, :num_queries] = -1  # rows of the prefix
+        for b, prompt in enumerate(prompts):
+            input_ids[b, num_queries : lengths[b]] = prompt
+        rows = np.arange(num_rows)
+        mask = np.where(rows < lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]  # [B, 1, 1, E]
+        keys_and_values = self._encoder(
+            prefix=prefix, input_ids=input_ids, positions=np.tile(rows, (batch, 1)), encoder_mask=mask
+        )
+        return {**keys_and_values, "encoder_mask": mask}
+
+    def _history(self, prompt: list[int], options: ResolvedOptions) -> list[int]:
+        """What the repetition and n-gram rules see before the first token.
+
+        transformers: image slots, BOS and prompt; the start token alone with an encoder, and always in LAVIS.
+        """
+        if self._encoder is not None or options.rules == "lavis":
+            return [self.manifest.tokens.bos]
         image = self.manifest.tokens.image
-        return [-1 if image is None else image] * num_queries + prompt
+        return [-1 if image is None else image] * self._num_queries + prompt
+
+    @property
+    def _num_queries(self) -> int:
+        return int(self.manifest.stages[QFORMER].signature.outputs[1].shape[1])
 
 
 def _is_list(images: Any) -> bool:

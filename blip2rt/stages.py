@@ -2,7 +2,7 @@
 
 Shape legend, used in every comment of the project:
     B images, K beams, N patches, Q queries, P prompt tokens, S new rows, C cache capacity,
-    R rows that want logits, D width, H heads, d head width, V vocabulary.
+    E encoder rows, R rows that want logits, D width, H heads, d head width, V vocabulary.
 
 A picture becomes text in three stages:
 
@@ -10,14 +10,20 @@ A picture becomes text in three stages:
     image_embeds           -> qformer -> query_embeds [B,Q,Dq], prefix [B,Q,D]
     prefix, input_ids      -> decoder -> logits [B,R,V]        once to prefill, then once a token
 
-The decoder is one graph for prefill and step. A new row is a token, or, where its id is negative, a row of `prefix`.
-The S new rows are written to rows `write_indices[b] ...` of the cache, and `mask` says which cached rows each new row
-may see: this is what lets the K beams of an image share one cache as the branches of a tree.
+With an encoder-decoder language model (T5) the encoder reads picture and prompt, and the decoder only generates:
+
+    prefix, input_ids      -> encoder -> cross_key_i, cross_value_i [B,H,E,d]      once an image and prompt
+    cross_*, input_ids     -> decoder -> logits [B,R,V]                            once a token
+
+A row is a token, or, where its id is negative, a row of `prefix`. The decoder is one graph for prefill and step: the S
+new rows are written to rows `write_indices[b] ...` of the cache, and `mask` says which cached rows each new row may
+see: this is what lets the K beams of an image share one cache as the branches of a tree. T5 tells rows apart by their
+depth in the tree: `positions` of the new ones, `cached_positions` of all.
 """
 
 from dataclasses import dataclass
 
-VISION, QFORMER, DECODER = "vision", "qformer", "decoder"
+VISION, QFORMER, ENCODER, DECODER = "vision", "qformer", "encoder", "decoder"
 GENERATIVE_STAGES = (VISION, QFORMER, DECODER)
 
 MASKED = -3.4028234663852886e38  # finfo(float32).min: -inf would give NaN in a row that sees nothing
@@ -66,21 +72,71 @@ def qformer_spec(
     )
 
 
-def decoder_spec(num_layers: int, num_heads: int, head_width: int, width: int, vocab_size: int) -> StageSpec:
-    """Decoder-only language model over a cache in place."""
-    cache_shape = ("B", num_heads, "C", head_width)
+def encoder_spec(num_layers: int, num_heads: int, head_width: int, width: int) -> StageSpec:
+    """Encoder of an encoder-decoder language model, up to the keys and values that its decoder's layers look at."""
     return StageSpec(
         inputs=(
+            TensorSpec("prefix", "float32", ("B", "E", width)),
+            TensorSpec("input_ids", "int64", ("B", "E")),
+            TensorSpec("positions", "int64", ("B", "E")),
+            TensorSpec("encoder_mask", "float32", ("B", 1, 1, "E")),
+        ),
+        outputs=_cross_specs(num_layers, num_heads, head_width),
+    )
+
+
+def decoder_spec(num_layers: int, num_heads: int, head_width: int, width: int, vocab_size: int) -> StageSpec:
+    """Decoder-only language model over a cache in place."""
+    return _cached_spec(
+        (
             TensorSpec("prefix", "float32", ("B", "S", width)),
             TensorSpec("input_ids", "int64", ("B", "S")),
             TensorSpec("positions", "int64", ("B", "S")),
             TensorSpec("write_indices", "int64", ("B",)),
             TensorSpec("mask", "float32", ("B", 1, "S", "C")),
             TensorSpec("logit_rows", "int64", ("B", "R")),
-            *(TensorSpec(name, "float32", cache_shape) for name in cache_names(num_layers, "past")),
         ),
-        outputs=(
-            TensorSpec("logits", "float32", ("B", "R", vocab_size)),
-            *(TensorSpec(name, "float32", cache_shape) for name in cache_names(num_layers, "present")),
-        ),
+        cache=("B", num_heads, "C", head_width),
+        num_layers=num_layers,
+        vocab_size=vocab_size,
     )
+
+
+def cross_decoder_spec(num_layers: int, num_heads: int, head_width: int, vocab_size: int) -> StageSpec:
+    """Decoder of an encoder-decoder language model over a cache in place."""
+    return _cached_spec(
+        (
+            TensorSpec("input_ids", "int64", ("B", "S")),
+            TensorSpec("positions", "int64", ("B", "S")),
+            TensorSpec("cached_positions", "int64", ("B", "C")),
+            TensorSpec("write_indices", "int64", ("B",)),
+            TensorSpec("mask", "float32", ("B", 1, "S", "C")),
+            TensorSpec("encoder_mask", "float32", ("B", 1, "S", "E")),  # ONNX Runtime does not repeat it for each row
+            TensorSpec("logit_rows", "int64", ("B", "R")),
+        ),
+        cache=("B", num_heads, "C", head_width),
+        num_layers=num_layers,
+        vocab_size=vocab_size,
+        cross=_cross_specs(num_layers, num_heads, head_width),
+    )
+
+
+def _cross_specs(num_layers: int, num_heads: int, head_width: int) -> tuple[TensorSpec, ...]:
+    shape = ("B", num_heads, "E", head_width)
+    return tuple(TensorSpec(name, "float32", shape) for name in cache_names(num_layers, "cross"))
+
+
+def _cached_spec(
+    inputs: tuple[TensorSpec, ...],
+    cache: tuple[int | str, ...],
+    num_layers: int,
+    vocab_size: int,
+    cross: tuple[TensorSpec, ...] = (),
+) -> StageSpec:
+    """`inputs`, then the cache of every layer, then what the layers look at; logits, then the cache."""
+    past, present = (
+        tuple(TensorSpec(name, "float32", cache) for name in cache_names(num_layers, kind))
+        for kind in ("past", "present")
+    )
+    logits = TensorSpec("logits", "float32", ("B", "R", vocab_size))
+    return StageSpec(inputs=(*inputs, *past, *cross), outputs=(logits, *present))

@@ -10,18 +10,25 @@ from .manifest import TokenSpec
 
 CAPTION_PROMPT = "a photo of"
 QUESTION_PROMPT = "Question: {} Answer:"  # for OPT: BLIP-2 paper, section 4.1
+SHORT_QUESTION_PROMPT = "Question: {} Short answer:"  # for FLAN-T5: the same place
 
 
 class Tokenizer:
     """The tokenizer of an engine directory."""
 
-    def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int):
+    def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int, for_encoder: bool = False):
         """Read a `tokenizer.json`.
+
+        Args:
+            path: the file.
+            tokens: ids of the language model.
+            vocab_size: its embedding rows.
+            for_encoder: prompts go to an encoder (T5), which wants the tokenizer's own end token and no BOS.
 
         Raises:
             EngineError: the file cannot be read.
         """
-        self.tokens, self.vocab_size = tokens, vocab_size
+        self.tokens, self.vocab_size, self.for_encoder = tokens, vocab_size, for_encoder
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
@@ -32,7 +39,7 @@ class Tokenizer:
         self._tokenizer.no_padding()
 
     def encode(self, prompt: str) -> list[int]:
-        """Prompt -> ids, with exactly one BOS in front.
+        """Prompt -> ids, with exactly one BOS in front; for an encoder as the tokenizer itself ends them.
 
         Raises:
             InputError: not a string, or text that stands for an image slot or for no embedding row.
@@ -40,7 +47,7 @@ class Tokenizer:
         if not isinstance(prompt, str):
             raise InputError(f"a prompt must be a string, not {type(prompt).__name__}")
         try:
-            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=self.for_encoder).ids
         except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair
             raise InputError(f"the prompt {prompt!r} is not valid text") from error
         if self.tokens.image is not None and self.tokens.image in ids:
@@ -50,7 +57,7 @@ class Tokenizer:
             raise InputError(
                 f"the prompt {prompt!r} holds token {beyond[0]}, but the model has {self.vocab_size} embedding rows"
             )
-        return [self.tokens.bos, *ids]
+        return ids if self.for_encoder else [self.tokens.bos, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids -> text, special tokens skipped, not stripped."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
 
 from blip2rt import Pipeline
@@ -19,8 +19,10 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids as OPT's: <pad> is 1, </s> is
 CheckpointMaker = Callable[..., Path]
 
 
-def make_checkpoint(directory: Path, seed: int = 0, **text: Any) -> Path:
+def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **text: Any) -> Path:
     """A random BLIP-2 of odd sizes drawn from `seed`; `text` overrides fields of the language model's config.
+
+    `model_type` is the language model's, "opt" or "t5".
 
     Weights are large enough that pictures and prompts matter, and the last id but one of the tokenizer stops a text
     often enough. Words are w0, w1, ...; the last id is the placeholder of the image.
@@ -47,14 +49,9 @@ def make_checkpoint(directory: Path, seed: int = 0, **text: Any) -> Path:
             "cross_attention_frequency": draw.choice([1, 2, 2, 3]),
         },
         text_config={
-            "model_type": "opt",
-            "hidden_size": widths["text"],
-            "ffn_dim": draw.randint(10, 90),
-            "num_hidden_layers": draw.randint(1, 6),
-            "num_attention_heads": heads["text"],
+            **(random_t5 if model_type == "t5" else random_opt)(draw, widths["text"], heads["text"]),
+            "model_type": model_type,
             "vocab_size": vocab_size,
-            "max_position_embeddings": 160,
-            "word_embed_proj_dim": widths["text"],
             "bos_token_id": 2,
             "pad_token_id": 1,
             "eos_token_id": vocab_size - 2,
@@ -70,20 +67,55 @@ def make_checkpoint(directory: Path, seed: int = 0, **text: Any) -> Path:
             noise = torch.randn(parameter.shape, generator=generator)
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.1 * noise if is_gain else 0.3 * noise)
+            if name.endswith((".q.weight", ".k.weight")):  # T5's scores are not scaled: these keep them from saturating
+                parameter.mul_(0.3)
         model.query_tokens.normal_(generator=generator)
     model.language_model.tie_weights()
     model.save_pretrained(directory)
-    write_tokenizer(directory, vocab_size)
+    write_tokenizer(directory, vocab_size, ends_prompts=model_type == "t5")
     return directory
 
 
-def write_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A word-level tokenizer in transformers' format; its last two words are the stop token and the image."""
+def random_opt(draw: random.Random, width: int, heads: int) -> dict[str, Any]:
+    """Sizes of an OPT."""
+    return {
+        "hidden_size": width,
+        "ffn_dim": draw.randint(10, 90),
+        "num_hidden_layers": draw.randint(1, 6),
+        "num_attention_heads": heads,
+        "max_position_embeddings": 160,
+        "word_embed_proj_dim": width,
+    }
+
+
+def random_t5(draw: random.Random, width: int, heads: int) -> dict[str, Any]:
+    """Sizes of a T5; transformers sizes the decoder's cache by the encoder, which must not be the shorter one."""
+    return {
+        "d_model": width,
+        "d_kv": draw.randint(3, 11),
+        "d_ff": draw.randint(10, 90),
+        "num_layers": draw.randint(2, 4),
+        "num_decoder_layers": draw.randint(1, 2),
+        "num_heads": heads,
+        "relative_attention_num_buckets": draw.choice([6, 9, 16, 32]),
+        "relative_attention_max_distance": draw.choice([20, 40, 128]),
+        "feed_forward_proj": draw.choice(["gated-gelu", "gated-silu", "relu"]),
+        "decoder_start_token_id": 1,
+    }
+
+
+def write_tokenizer(directory: Path, vocab_size: int, ends_prompts: bool = False) -> None:
+    """A word-level tokenizer in transformers' format; its last two words are the stop token and the image.
+
+    With `ends_prompts` it puts </s> behind a text, as T5's does.
+    """
     words = [*SPECIAL, *(f"w{i}" for i in range(vocab_size - len(SPECIAL) - 2)), "\n", "<image>"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.add_special_tokens([*SPECIAL, "<image>"])
+    if ends_prompts:
+        tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 2)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )

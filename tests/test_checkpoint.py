@@ -20,10 +20,11 @@ from transformers import Blip2ForConditionalGeneration
 from blip2rt import CheckpointError
 from blip2rt.export.tokenizer_files import write_tokenizer
 from blip2rt.model import Checkpoint, load_blip2
-from blip2rt.model.checkpoint import TIED_HEAD, TOKEN_EMBEDDING
+from blip2rt.model.checkpoint import TIED_HEAD
 
 State = dict[str, Tensor]
 PROJECTION = "language_projection.weight"
+TOKEN_EMBEDDING = "language_model.model.decoder.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -261,7 +262,7 @@ def test_broken_config(content: str, copy: Path) -> None:
 CONFIGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "not blip-2": (None, {"model_type": "llama"}, "this is not a BLIP-2"),
     "no model type": (None, {"model_type": None}, "this is not a BLIP-2"),
-    "t5": ("text_config", {"model_type": "t5"}, "'t5'"),
+    "llama": ("text_config", {"model_type": "llama"}, "'llama'"),
     "section": (None, {"text_config": 3}, "text_config must be an object"),
     "post-norm": ("text_config", {"do_layer_norm_before": False}, "opt-350m"),
     "projected": ("text_config", {"word_embed_proj_dim": 16}, "opt-350m"),

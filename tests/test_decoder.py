@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from blip2rt.backends import Binding, Stage
-from blip2rt.decoder import CAPACITY_STEP, GROWTH, CachedDecoder
+from blip2rt.decoder import GROWTH, ROW_STEP, CachedDecoder
 from blip2rt.export import export_engine
 from blip2rt.manifest import Manifest
 from blip2rt.model import Blip2, load_blip2
+from blip2rt.model.config import OPTConfig
 from blip2rt.stages import DECODER, MASKED
 
 Array = np.ndarray[Any, Any]
@@ -64,6 +65,7 @@ class Walk:
         prefix[0, : self.prefixes.shape[1]] = torch.from_numpy(self.prefixes[b])
         mask = torch.full((length, length), MASKED).triu(1)[None, None]
         text = self.model.config.text
+        assert isinstance(text, OPTConfig)
         heads = text.num_attention_heads
         empty = [torch.zeros(1, heads, length, text.hidden_size // heads) for _ in range(2 * text.num_hidden_layers)]
         last, zero = torch.tensor([[length - 1]]), torch.zeros(1, dtype=torch.long)
@@ -154,12 +156,12 @@ def test_capacity_follows_the_live_rows(long_model: tuple[Path, Blip2]) -> None:
     for _ in range(200):
         walk.step(walk.random_parents(most=1))
     live = len(walk.sequences[0][0]) + walk.prefixes.shape[1] + 4  # one trunk and five leaves
-    assert walk.decoder._capacities[0] <= GROWTH * live + CAPACITY_STEP
+    assert walk.decoder._capacities[0] <= GROWTH * live + ROW_STEP
     straight = Walk(*long_model, num_images=1, num_rows=5)
     straight.decoder.prefill()
     for _ in range(100):
         straight.step([[0, 1, 2, 3, 4]])
-    assert straight.decoder._capacities[0] <= GROWTH * (straight.decoder._used[0] + 5) + CAPACITY_STEP
+    assert straight.decoder._capacities[0] <= GROWTH * (straight.decoder._used[0] + 5) + ROW_STEP
 
 
 def test_capacity_never_exceeds_what_can_be_used(long_model: tuple[Path, Blip2]) -> None:

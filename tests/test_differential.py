@@ -1,7 +1,7 @@
 """Differential test: token for token what transformers' `generate` gives, every picture alone and unpadded.
 
-20 random checkpoints x 15 random calls; the environment variable BLIP2RT_DIFFERENTIAL=100x30 asks for more. Engines are
-built by processes of their own while the tests run, because torch.export takes most of the time.
+20 random checkpoints x 15 random calls for OPT and for T5; the environment variable BLIP2RT_DIFFERENTIAL=100x30 asks
+for more. Engines are built by processes of their own while the tests run, because torch.export takes most of the time.
 """
 
 import copy
@@ -30,9 +30,10 @@ from blip2rt.search import probabilities, process, warp
 
 Array = np.ndarray[Any, Any]
 Options = dict[str, Any]
+Key = tuple[str, int]  # type of the language model, seed
 
 CHECKPOINTS, CASES = map(int, os.environ.get("BLIP2RT_DIFFERENTIAL", "20x15").split("x"))
-SAMPLED_CHECKPOINTS = range(0, CHECKPOINTS, 7)
+MODEL_TYPES = ("opt", "t5")
 SCORE_TOLERANCE = 1e-5  # absolute, and relative above 1: the contract's
 NEAR_TIE = 1e-6  # largest relative gap between candidates that float32 may order either way
 UNTIED = "language_model.lm_head.weight"
@@ -42,7 +43,7 @@ UNTIED = "language_model.lm_head.weight"
 class Tally:
     """What happened in all cases, so that a test that has gone blind is noticed."""
 
-    checkpoints: int = 0
+    checkpoints: Counter[str] = field(default_factory=Counter)
     seen: Counter[str] = field(default_factory=Counter)
 
 
@@ -65,41 +66,45 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoints(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[..., Path]
-) -> Iterator[Callable[[int], tuple[Path, Path]]]:
+) -> Iterator[Callable[[Key], tuple[Path, Path]]]:
     """Checkpoint and engine of a seed; those of the seeds that this run has selected are being built from the start."""
     folder = tmp_path_factory.mktemp("differential")
     tests = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    seeds: list[Any] = [
-        t.callspec.params["seed"] for t in tests if t.module is request.module and hasattr(t, "callspec")
+    wanted: list[Any] = [
+        (t.callspec.params["model_type"], t.callspec.params["seed"])
+        for t in tests
+        if t.module is request.module and hasattr(t, "callspec")
     ]
     with ProcessPoolExecutor(
         2, multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        engines: dict[int, Future[Path]] = {}
-        for seed in dict.fromkeys(seeds):
-            checkpoint = varied_checkpoint(checkpoint_maker, folder / f"checkpoint-{seed}", seed)
-            engines[seed] = pool.submit(export_engine, checkpoint, folder / f"engine-{seed}")
-        yield lambda seed: (folder / f"checkpoint-{seed}", engines[seed].result())
+        engines: dict[Key, Future[Path]] = {}
+        for key in dict.fromkeys(wanted):
+            checkpoint = varied_checkpoint(checkpoint_maker, folder / f"checkpoint-{key[0]}-{key[1]}", *key)
+            engines[key] = pool.submit(export_engine, checkpoint, folder / f"engine-{key[0]}-{key[1]}")
+        yield lambda key: (folder / f"checkpoint-{key[0]}-{key[1]}", engines[key].result())
         pool.shutdown(cancel_futures=True)
 
 
-def varied_checkpoint(make: Callable[..., Path], directory: Path, seed: int) -> Path:
+def varied_checkpoint(make: Callable[..., Path], directory: Path, model_type: str, seed: int) -> Path:
     """A checkpoint of `seed`, with what published ones may have and the maker's own do not."""
     text: Options = {}
     if seed % 4 == 1:
-        text["activation_function"] = "gelu"
-    if seed % 5 == 2:
+        text["activation_function" if model_type == "opt" else "dense_act_fn"] = "gelu"
+    if seed % 5 == 2 and model_type == "opt":
         text["pad_token_id"] = None
+    if seed % 3 == 2 and model_type == "t5":
+        text["decoder_start_token_id"] = None  # transformers takes BOS
     if seed % 3 == 1:
         text["eos_token_id"] = random.Random(seed).sample(range(2, 38), 2 + seed % 4)
     if seed % 10 == 6:
         text["eos_token_id"] = None
     if seed % 7 == 3:
         text["tie_word_embeddings"] = False
-    make(directory, seed, **text)
+    make(directory, seed, model_type, **text)
     if seed % 7 == 5:  # the config says tied, the file holds two different tensors: transformers unties them
         weights = load_file(directory / "model.safetensors")
-        embedding = next(w for name, w in weights.items() if name.endswith("embed_tokens.weight"))
+        embedding = next(w for name, w in weights.items() if name.endswith(("embed_tokens.weight", "shared.weight")))
         weights[UNTIED] = embedding.flip(0).contiguous()
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
@@ -133,13 +138,24 @@ class Reference:
         self.model = Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         self.config = self.model.config
+        self.has_encoder = bool(self.config.text_config.is_encoder_decoder)
         stop = self.config.text_config.eos_token_id
         self.stop_ids: list[int] = [] if stop is None else stop if isinstance(stop, list) else [stop]
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        words = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        """Image slots and prompt: OPT's behind BOS, T5's as its tokenizer ends them."""
+        words = self.tokenizer(prompt, add_special_tokens=self.has_encoder).input_ids
         image_slots = [self.config.image_token_index] * self.config.num_query_tokens
-        return [*image_slots, self.config.text_config.bos_token_id, *words]
+        bos = [] if self.has_encoder else [self.config.text_config.bos_token_id]
+        return [*image_slots, *bos, *words]
+
+    def history(self, prompt: str) -> list[int]:
+        """What stands before the generated tokens."""
+        if not self.has_encoder:
+            return self.prompt_ids(prompt)
+        text = self.config.text_config
+        start = getattr(text, "decoder_start_token_id", None)
+        return [text.bos_token_id if start is None else start]
 
     def run(self, pixel_values: Array, prompt: str, options: Options, model: Any = None, **more: Any) -> Any:
         """The output of `generate`, with scores and logits."""
@@ -159,7 +175,7 @@ class Reference:
     def token_ids(self, output: Any, prompt: str, options: Options) -> list[tuple[list[int], str]]:
         """Generated ids of every sequence up to and without the first stop token, and why it ended."""
         found = []
-        for row in output.sequences[:, len(self.prompt_ids(prompt)) :].tolist():
+        for row in output.sequences[:, len(self.history(prompt)) :].tolist():
             stops = [i for i, token in enumerate(row) if token in self.stop_ids]
             assert stops or len(row) == options["max_new_tokens"]
             found.append((row[: stops[0]], "stop") if stops else (row, "length"))
@@ -173,7 +189,7 @@ class Reference:
             if options["num_beams"] > 1:
                 score = float(output.sequences_scores[row])
             else:  # transformers has no score here: from its logits, the stop token's included
-                tokens = output.sequences[row, len(self.prompt_ids(prompt)) :].tolist()
+                tokens = output.sequences[row, len(self.history(prompt)) :].tolist()
                 steps = [torch.log_softmax(step[row].double(), 0) for step in output.logits]
                 score = sum(float(steps[i][token]) for i, token in enumerate(tokens))
                 score /= len(tokens) ** options["length_penalty"]
@@ -188,9 +204,13 @@ class Reference:
         query_tokens = self.model.query_tokens
         queries = self.model.qformer(query_embeds=query_tokens, encoder_hidden_states=image_embeds).last_hidden_state
         prefix = self.model.language_projection(queries)
-        ids = torch.tensor([[*self.prompt_ids(prompt)[prefix.shape[1] :], *token_ids]])
-        embeds = torch.cat((prefix, self.model.get_input_embeddings()(ids)), 1)
-        logits: torch.Tensor = self.model.language_model(inputs_embeds=embeds).logits[0]
+        ids = self.prompt_ids(prompt)[prefix.shape[1] :] + ([] if self.has_encoder else list(token_ids))
+        embeds = prefix
+        if ids:
+            embeds = torch.cat((prefix, self.model.get_input_embeddings()(torch.tensor([ids]))), 1)
+        generated = torch.tensor([[*self.history(prompt), *token_ids]])
+        decoder = {"decoder_input_ids": generated} if self.has_encoder else {}
+        logits: torch.Tensor = self.model.language_model(inputs_embeds=embeds, **decoder).logits[0]
         return logits[-1 - len(token_ids) :]
 
     def reached_by_jitter(self, pixel_values: Array, prompt: str, options: Options, ids: list[list[int]]) -> int | None:
@@ -226,10 +246,13 @@ def random_case(choose: random.Random) -> Options:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("seed", range(CHECKPOINTS))
-def test_same_as_transformers(seed: int, checkpoints: Callable[[int], tuple[Path, Path]], tally: Tally) -> None:
+def test_same_as_transformers(
+    model_type: str, seed: int, checkpoints: Callable[[Key], tuple[Path, Path]], tally: Tally
+) -> None:
     """Catches any change in any part from checkpoint to text that moves a token, a score or a log-probability."""
-    checkpoint, engine = checkpoints(seed)
+    checkpoint, engine = checkpoints((model_type, seed))
     reference, pipeline = Reference(checkpoint), Pipeline(engine, threads=1)
     weights = load_file(checkpoint / "model.safetensors")
     if UNTIED in weights:  # else the comparison would say nothing about untied models
@@ -246,7 +269,9 @@ def test_same_as_transformers(seed: int, checkpoints: Callable[[int], tuple[Path
             rows = [ours, *ours.alternatives]
             ids = [row.token_ids for row in rows]
             if ids != [row.token_ids for row in theirs]:
-                details = f"checkpoint {seed}, {options}, prompt {prompt!r}\nours   {rows}\ntheirs {theirs}"
+                details = (
+                    f"checkpoint {model_type} {seed}, {options}, prompt {prompt!r}\nours   {rows}\ntheirs {theirs}"
+                )
                 jitter = reference.reached_by_jitter(image, prompt, options, ids)
                 assert jitter is not None, f"not a near-tie: {details}"
                 warnings.warn(f"near-tie (float64, jitter {jitter}): {details}", stacklevel=1)
@@ -257,7 +282,7 @@ def test_same_as_transformers(seed: int, checkpoints: Callable[[int], tuple[Path
                 tally.seen.update(events(row, reference, options))
     assert near_ties <= 1, "that many near-ties are a bug"
     tally.seen["near-tie"] += near_ties
-    tally.checkpoints += 1
+    tally.checkpoints[model_type] += 1
 
 
 def check_row(row: Generation, expected: Expected, reference: Reference, options: Options) -> None:
@@ -286,14 +311,14 @@ def events(row: Generation, reference: Reference, options: Options) -> Iterator[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", SAMPLED_CHECKPOINTS)
-def test_samples_like_transformers(seed: int, checkpoints: Callable[[int], tuple[Path, Path]]) -> None:
+@pytest.mark.parametrize(("model_type", "seed"), [(("opt", "t5")[seed % 2], seed) for seed in range(0, CHECKPOINTS, 7)])
+def test_samples_like_transformers(model_type: str, seed: int, checkpoints: Callable[[Key], tuple[Path, Path]]) -> None:
     """Catches probabilities that are not transformers', and draws or a cache that do not follow the probabilities.
 
     The probabilities of every step of a text that transformers sampled are compared; then every token that the
     pipeline samples has to be the one that its seed draws from the probabilities of transformers' logits.
     """
-    checkpoint, engine = checkpoints(seed)
+    checkpoint, engine = checkpoints((model_type, seed))
     reference, pipeline = Reference(checkpoint), Pipeline(engine, threads=1)
     choose, rng = random.Random(seed), np.random.default_rng(seed)
     size, vocab_size = reference.config.vision_config.image_size, reference.config.text_config.vocab_size
@@ -310,13 +335,13 @@ def test_samples_like_transformers(seed: int, checkpoints: Callable[[int], tuple
         }
         image = rng.standard_normal((3, size, size), dtype=np.float32)
         prompt = random_prompt(choose, vocab_size)
-        prompt_ids = reference.prompt_ids(prompt)
+        before = reference.history(prompt)
         resolved = ResolvedOptions(**options)
 
         output = reference.run(image, prompt, options)
-        for row, sequence in enumerate(output.sequences[:, len(prompt_ids) :].tolist()):
+        for row, sequence in enumerate(output.sequences[:, len(before) :].tolist()):
             for step, (logits, scores) in enumerate(zip(output.logits, output.scores, strict=True)):
-                ours = next_token(logits[[row]], prompt_ids + sequence[:step], step, resolved, reference.stop_ids)
+                ours = next_token(logits[[row]], before + sequence[:step], step, resolved, reference.stop_ids)
                 theirs = torch.softmax(scores[row], 0).numpy()
                 np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6, err_msg=f"{options} {prompt!r}")
 
@@ -325,7 +350,7 @@ def test_samples_like_transformers(seed: int, checkpoints: Callable[[int], tuple
         uniform = np.random.default_rng(case).random((options["max_new_tokens"], len(rows)))
         for r, row in enumerate(rows):
             for step, logits in enumerate(reference.logits(image, prompt, row.token_ids)[: options["max_new_tokens"]]):
-                history = prompt_ids + row.token_ids[:step]
+                history = before + row.token_ids[:step]
                 probs = next_token(logits[None], history, step, resolved, reference.stop_ids)
                 high = np.cumsum(probs, dtype=np.float64)
                 is_hit = (high - probs - 1e-5 <= uniform[step, r]) & (uniform[step, r] <= high + 1e-5) & (probs > 0)
@@ -344,7 +369,7 @@ def next_token(
 
 def test_cases_are_worth_it(tally: Tally) -> None:
     """Catches a differential test that has gone blind, and near-ties that are waved through by the dozen."""
-    if tally.checkpoints < CHECKPOINTS:
+    if any(tally.checkpoints[model_type] < CHECKPOINTS for model_type in MODEL_TYPES):
         pytest.skip("some of the cases did not run or failed")
     print(tally.seen)
     wanted = {
@@ -353,4 +378,4 @@ def test_cases_are_worth_it(tally: Tally) -> None:
         "nothing but a stop token",
     }  # fmt: skip
     assert wanted <= {event for event, count in tally.seen.items() if count >= CHECKPOINTS * CASES // 100}
-    assert tally.seen["near-tie"] <= max(1, CHECKPOINTS * CASES // 100)
+    assert tally.seen["near-tie"] <= max(1, len(MODEL_TYPES) * CHECKPOINTS * CASES // 100)

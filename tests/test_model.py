@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from blip2rt.model import Blip2, load_blip2
@@ -24,7 +24,8 @@ def assert_exact(found: Tensor, expected: Tensor) -> None:
 class Cache:
     """A decoder with the rows it was given so far: R rows of B images a call, [B, H, C, d] a layer."""
 
-    def __init__(self, decoder: OPT, batch: int, capacity: int):
+    def __init__(self, decoder: nn.Module, batch: int, capacity: int):
+        assert isinstance(decoder, OPT)
         weight = decoder.embedding.token.weight
         heads = int(decoder.blocks[0].num_heads)  # type: ignore[arg-type]  # a Module, to mypy
         self.decoder, self.width = decoder, weight.shape[1]

@@ -14,7 +14,7 @@ from ..engine_directory import building, describe_files
 from ..errors import ExportError, InputError
 from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
 from ..model import Blip2, Checkpoint
-from ..model.config import Blip2Config
+from ..model.config import Blip2Config, T5Config, stop_token_ids
 from ..model.weight_files import read_json
 from ..progress import Progress
 from .graphs import stage_specs, trace_stage
@@ -119,7 +119,9 @@ def _read(checkpoint: Checkpoint, stage: str, name: str) -> torch.Tensor:
 
 def _token_spec(config: Blip2Config) -> TokenSpec:
     text = config.text
-    return TokenSpec(text.bos_token_id, text.pad_token_id, text.stop_token_ids, config.image_token_id)
+    start = text.start_token_id if isinstance(text, T5Config) else text.bos_token_id
+    assert start is not None  # `Blip2Config` refuses a T5 without
+    return TokenSpec(start, text.pad_token_id, stop_token_ids(text), config.image_token_id)
 
 
 def _image_spec(checkpoint: Checkpoint) -> ImageSpec:

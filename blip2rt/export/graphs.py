@@ -2,25 +2,46 @@
 
 The modules are traced on the meta device, so a graph costs neither the memory nor the time of its weights. Initialisers
 keep the names of the parameters; `weights.py` fills them afterwards. The residual stream between two blocks is named
-`hidden_<i>`: that is where `verify.py` cuts a stage that is larger than the memory.
+`hidden_<i>`: that is where `verify.py` cuts a stage that is larger than the memory. So are the tensors of `PASSED_ON`.
 """
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript.optimizer import optimize_ir
 from onnxscript.values import Opset
 from torch import nn
 
-from ..model.config import Blip2Config
-from ..stages import DECODER, QFORMER, VISION, StageSpec, TensorSpec, decoder_spec, qformer_spec, vision_spec
+from ..model.config import Blip2Config, T5Config, TextConfig
+from ..model.t5 import relative_bucket
+from ..stages import (
+    DECODER,
+    ENCODER,
+    QFORMER,
+    VISION,
+    StageSpec,
+    TensorSpec,
+    cross_decoder_spec,
+    decoder_spec,
+    encoder_spec,
+    qformer_spec,
+    vision_spec,
+)
 
 OPSET = 24  # the first with TensorScatter
-TRACE_SIZES = {"B": 2, "S": 3, "C": 5, "R": 4}  # all different and none 1, which torch would take for a constant
+TRACE_SIZES = {
+    "B": 2,
+    "S": 3,
+    "C": 5,
+    "R": 4,
+    "E": 6,
+}  # all different and none 1, which torch would take for a constant
+PASSED_ON = {"relative_bias": "attention_bias", "norm": "encoder_output"}  # what these parts give to others
 
 _opset = Opset("", OPSET)
 
@@ -37,13 +58,22 @@ def stage_specs(config: Blip2Config) -> dict[str, StageSpec]:
             config.qformer.hidden_size,
             text.hidden_size,
         ),
+        **_language_specs(text),
+    }
+
+
+def _language_specs(text: TextConfig) -> dict[str, StageSpec]:
+    if isinstance(text, T5Config):
+        layers, heads, head_width = text.num_decoder_layers, text.num_heads, text.d_kv
+        return {
+            ENCODER: encoder_spec(layers, heads, head_width, text.d_model),
+            DECODER: cross_decoder_spec(layers, heads, head_width, text.vocab_size),
+        }
+    head_width = text.hidden_size // text.num_attention_heads
+    return {
         DECODER: decoder_spec(
-            text.num_hidden_layers,
-            text.num_attention_heads,
-            text.hidden_size // text.num_attention_heads,
-            text.hidden_size,
-            text.vocab_size,
-        ),
+            text.num_hidden_layers, text.num_attention_heads, head_width, text.hidden_size, text.vocab_size
+        )
     }
 
 
@@ -51,7 +81,9 @@ def trace_stage(module: nn.Module, spec: StageSpec) -> ir.Model:
     """ONNX graph of a stage module that lies on the meta device; its initialisers have shapes but no values."""
     example = [_example(tensor) for tensor in spec.inputs]
     dynamic = [{axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in spec.inputs]
-    num_named = len([name for name in spec.inputs if not name.name.startswith("past_")])
+    num_named = len(
+        [name for name in spec.inputs if not name.name.startswith(("past_", "cross_"))]
+    )  # the rest: *caches
     shapes = (*dynamic[:num_named], *([tuple(dynamic[num_named:])] if len(dynamic) > num_named else []))
     with _quiet():
         program = torch.onnx.export(
@@ -60,7 +92,10 @@ def trace_stage(module: nn.Module, spec: StageSpec) -> ir.Model:
             dynamo=True,
             opset_version=OPSET,
             dynamic_shapes=shapes,
-            custom_translation_table={torch.ops.blip2rt.write_cache.default: _write_cache},
+            custom_translation_table={
+                torch.ops.blip2rt.write_cache.default: _write_cache,
+                torch.ops.blip2rt.relative_bucket.default: _relative_bucket,
+            },
             optimize=False,
             verbose=False,
         )
@@ -83,31 +118,45 @@ def _write_cache(cache, rows, write_indices):  # type: ignore[no-untyped-def]  #
     return _opset.TensorScatter(cache, rows, write_indices, axis=-2)
 
 
+def _relative_bucket(distance, num_buckets, max_distance, bidirectional):  # type: ignore[no-untyped-def]
+    """A table of the buckets of all distances that have different ones."""
+    distances = torch.arange(-max_distance, max_distance + 1)
+    table = relative_bucket(distances, num_buckets, max_distance, bidirectional)
+    low, high = (_opset.Constant(value=ir.tensor(np.array(limit))) for limit in (-max_distance, max_distance))
+    index = _opset.Add(_opset.Clip(distance, low, high), high)
+    return _opset.Gather(_opset.Constant(value=ir.tensor(table.numpy())), index)
+
+
 def _example(tensor: TensorSpec) -> torch.Tensor:
     shape = [TRACE_SIZES[size] if isinstance(size, str) else size for size in tensor.shape]
     return torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta")
 
 
 def _name_hidden_states(graph: ir.Graph) -> None:
-    """Name what enters block i `hidden_<i>`: the one float tensor that leaves the part of the graph before it."""
-    scope: dict[ir.Node, str] = {}
+    """Name the float tensors that pass from one part of a stage to another, so that the graph can be cut there."""
+    parts: dict[ir.Node, str] = {}
     for node in graph:
-        modules = node.metadata_props.get("pkg.torch.onnx.name_scopes", "")
-        block = next((m.strip("' ") for m in modules.strip("[]").split(",") if m.strip("' ").startswith("blocks.")), "")
-        if block:
-            scope[node] = ".".join(block.split(".")[:2])
-        else:  # nodes that the optimiser made have no scope of their own
-            producers = [v.producer() for v in node.inputs if v is not None and v.producer() in scope]
-            first = producers[0] if producers and "pkg.torch.onnx.name_scopes" not in node.metadata_props else None
-            scope[node] = scope[first] if first else modules
+        parts[node] = _part(node, parts)
     for node in graph:
         for value in node.outputs:
-            entered = {scope[use.node] for use in value.uses() if scope[use.node] != scope[node]}
-            blocks = sorted(int(name.split(".")[1]) for name in entered if name.startswith("blocks."))
-            if value.dtype == ir.DataType.FLOAT and blocks:
-                value.name = f"hidden_{blocks[0]}"
-            elif value.dtype == ir.DataType.FLOAT and entered and scope[node].startswith("blocks."):
-                value.name = f"hidden_{int(scope[node].split('.')[1]) + 1}"
+            entered = {parts[use.node] for use in value.uses()} - {parts[node]}
+            if value.dtype != ir.DataType.FLOAT or not entered:
+                continue
+            if parts[node] in PASSED_ON:
+                value.name = PASSED_ON[parts[node]]
+            elif parts[node].startswith("blocks."):
+                value.name = f"hidden_{int(parts[node].removeprefix('blocks.')) + 1}"
+            elif "blocks.0" in entered:
+                value.name = "hidden_0"
+
+
+def _part(node: ir.Node, known: Mapping[ir.Node, str]) -> str:
+    """The child of the stage's module that a node comes from: "embedding", "blocks.3", ..."""
+    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
+    if scopes is None:  # nodes that the optimiser made have no scope of their own
+        producers = [v.producer() for v in node.inputs if v is not None]
+        return next((known[p] for p in producers if p is not None and p in known), "")
+    return ([part.strip("' ") for part in scopes.strip("[]").split(",")] + [""])[1]
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ from ..backends.ort import session_options
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
 from ..manifest import Manifest, Parity
-from ..model import Blip2, Checkpoint
+from ..model import Blip2, Blip2Config, Checkpoint
+from ..model.t5 import T5Decoder
 from ..progress import progress
-from ..stages import DECODER, MASKED, QFORMER, VISION, StageSpec
+from ..stages import DECODER, ENCODER, MASKED, QFORMER, VISION, StageSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -123,13 +124,13 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         reference = Blip2(checkpoint.config)
     for stage, entry in manifest.stages.items():
         module, signature = reference.get_submodule(stage), entry.signature
-        num_positions = checkpoint.config.text.max_position_embeddings
-        arrays = _decoder_inputs(signature, num_positions) if stage == DECODER else _random_inputs(signature)
+        draw = {DECODER: _decoder_inputs, ENCODER: _encoder_inputs}.get(stage, _random_inputs)
+        arrays = draw(signature, checkpoint.config)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
         with _engine_errors(directory / entry.file):
             graph = ir.load(directory / entry.file).graph
-        pieces = _pieces(stage, len(list(module.get_submodule("blocks").children())))
+        pieces = _pieces(stage, module)
         for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
             if TOKEN_EMBEDDING in piece.inputs:
                 tensors[TOKEN_EMBEDDING] = checkpoint.parameter(f"{stage}.{TOKEN_EMBEDDING}")
@@ -156,10 +157,10 @@ def _engine_errors(path: Path) -> Iterator[None]:
         raise EngineError(f"{path} cannot be run ({reason}): build the engine again with `blip2rt export`") from error
 
 
-def _pieces(stage: str, num_blocks: int) -> list[Piece]:
+def _pieces(stage: str, module: torch.nn.Module) -> list[Piece]:
     """What a stage consists of, in order."""
-    hidden = [f"hidden_{i}" for i in range(num_blocks + 1)]
-    blocks = range(num_blocks)
+    blocks = range(len(list(module.get_submodule("blocks").children())))
+    hidden = [f"hidden_{i}" for i in range(len(blocks) + 1)]
     if stage == VISION:
         return [
             Piece("embedding", ("pixel_values",), (hidden[0],)),
@@ -173,19 +174,40 @@ def _pieces(stage: str, num_blocks: int) -> list[Piece]:
             *(Piece(f"blocks.{i}", (hidden[i], "image_embeds"), (hidden[i + 1],)) for i in blocks),
             Piece("projection", (hidden[-1],), ("prefix",)),
         ]
+    cross = [(f"cross_key_{i}", f"cross_value_{i}") for i in range(len(getattr(module, "cross", blocks)))]
+    if stage == ENCODER:
+        return [
+            Piece("embedding", ("prefix", "input_ids"), (hidden[0],)),
+            Piece("relative_bias", ("positions", "positions", "encoder_mask"), ("attention_bias",)),
+            *(Piece(f"blocks.{i}", (hidden[i], "attention_bias"), (hidden[i + 1],)) for i in blocks),
+            Piece("norm", (hidden[-1],), ("encoder_output",)),
+            *(Piece(f"cross.{i}", ("encoder_output",), names) for i, names in enumerate(cross)),
+        ]
     past = [(f"past_key_{i}", f"past_value_{i}") for i in blocks]
     present = [(f"present_key_{i}", f"present_value_{i}") for i in blocks]
+    head = Piece("head", (hidden[-1], "logit_rows", TOKEN_EMBEDDING), ("logits",))
+    if isinstance(module, T5Decoder):
+        own = ("attention_bias", "write_indices", "encoder_mask")
+        return [
+            Piece("embedding", ("input_ids",), (hidden[0],)),
+            Piece("relative_bias", ("positions", "cached_positions", "mask"), ("attention_bias",)),
+            *(
+                Piece(f"blocks.{i}", (hidden[i], *own, *past[i], *cross[i]), (hidden[i + 1], *present[i]))
+                for i in blocks
+            ),
+            head,
+        ]
     return [
         Piece("embedding", ("prefix", "input_ids", "positions"), (hidden[0],)),
         *(
             Piece(f"blocks.{i}", (hidden[i], "write_indices", "mask", *past[i]), (hidden[i + 1], *present[i]))
             for i in blocks
         ),
-        Piece("head", (hidden[-1], "logit_rows", TOKEN_EMBEDDING), ("logits",)),
+        head,
     ]
 
 
-def _random_inputs(signature: StageSpec) -> dict[str, Array]:
+def _random_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
     """Normal noise for a batch of 3; graphs are traced with 2."""
     rng = np.random.default_rng(0)
     return {
@@ -196,10 +218,27 @@ def _random_inputs(signature: StageSpec) -> dict[str, Array]:
     }
 
 
-def _decoder_inputs(signature: StageSpec, num_positions: int) -> dict[str, Array]:
+def _encoder_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
+    """3 images with prompts of different lengths, right-padded."""
+    rng = np.random.default_rng(0)
+    width = int(signature.inputs[0].shape[-1])
+    lengths = np.array([9, 4, 7])
+    rows = np.arange(lengths.max())
+    input_ids = rng.integers(0, config.text.vocab_size, (3, len(rows)))
+    input_ids[:, :3] = -1  # rows of the picture
+    visible = rows < lengths[:, None]
+    return {
+        "prefix": rng.standard_normal((3, len(rows), width), dtype=np.float32),
+        "input_ids": input_ids,
+        "positions": np.tile(rows, (3, 1)),
+        "encoder_mask": np.where(visible, np.float32(0), np.float32(MASKED))[:, None, None],
+    }
+
+
+def _decoder_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
     """A step in the middle of a search: 3 images at different depths, 5 rows each, random ancestors."""
     rng = np.random.default_rng(0)
-    sizes = {"B": 3, "S": 5, "C": 23, "R": 2}
+    sizes = {"B": 3, "S": 5, "C": 23, "R": 2, "E": 11}
     inputs: dict[str, Array] = {}
     for tensor in signature.inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -211,16 +250,20 @@ def _decoder_inputs(signature: StageSpec, num_positions: int) -> dict[str, Array
         np.arange(sizes["C"]) < write_indices[:, None, None]
     )
     visible |= np.arange(sizes["C"]) == own[:, :, None]
-    vocab_size = int(signature.outputs[0].shape[-1])
-    input_ids = rng.integers(0, vocab_size, own.shape)
-    input_ids[:, 0] = -1  # a row of the picture
-    return inputs | {
+    input_ids = rng.integers(0, config.text.vocab_size, own.shape)
+    if "prefix" in inputs:
+        input_ids[:, 0] = -1  # a row of the picture
+    visible_rows = np.arange(sizes["E"]) < np.array([11, 5, 8])[:, None, None, None]
+    given = {
         "input_ids": input_ids,
-        "positions": own % num_positions,
+        "positions": own % getattr(config.text, "max_position_embeddings", sizes["C"]),
+        "cached_positions": rng.permuted(np.tile(np.arange(sizes["C"]), (sizes["B"], 1)), axis=1),
+        "encoder_mask": np.where(visible_rows, np.float32(0), np.float32(MASKED)).repeat(sizes["S"], axis=2),
         "write_indices": write_indices,
         "mask": np.where(visible, np.float32(0), np.float32(MASKED))[:, None],
         "logit_rows": rng.integers(0, sizes["S"], (sizes["B"], sizes["R"])),
     }
+    return inputs | {tensor.name: given[tensor.name] for tensor in signature.inputs if tensor.name in given}
 
 
 def _sizes(signature: StageSpec, inputs: Mapping[str, Array]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Checkpoints of BLIP-2: found, checked strictly, and read one tensor at a time.
 
-All foreign weight names live in `TRANSFORMERS_NAMES`. A checkpoint must hold exactly the tensors of its model: unused,
+All foreign weight names live in the tables below. A checkpoint must hold exactly the tensors of its model: unused,
 missing and misshaped ones are listed in one error. Reading never maps more of a file than a few tensors, so a model
 larger than the memory can be exported.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .blip2 import Blip2
-from .config import Blip2Config
+from .config import Blip2Config, T5Config, TextConfig
 from .weight_files import WeightFile, open_weight_files, read_json
 
 # Ours -> transformers'. Modules stand for their weight and bias; several names are joined along the first axis.
@@ -52,6 +52,8 @@ TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
     "qformer.blocks.{}.query_ffn.fc2": "qformer.encoder.layer.{}.output_query.dense",
     "qformer.blocks.{}.query_ffn.norm": "qformer.encoder.layer.{}.output_query.LayerNorm",
     "qformer.projection": "language_projection",
+}
+OPT_NAMES: dict[str, str | tuple[str, ...]] = {
     "decoder.embedding.token": "language_model.model.decoder.embed_tokens",
     "decoder.embedding.position": "language_model.model.decoder.embed_positions",
     "decoder.blocks.{}.norm1": "language_model.model.decoder.layers.{}.self_attn_layer_norm",
@@ -67,22 +69,57 @@ TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
     "decoder.head.norm": "language_model.model.decoder.final_layer_norm",
     "decoder.head.lm_head": "language_model.lm_head",
 }
-TIED_HEAD, TOKEN_EMBEDDING = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
+T5_NAMES: dict[str, str | tuple[str, ...]] = {
+    "encoder.embedding.token": "language_model.shared",
+    "encoder.relative_bias.bucket": "language_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "encoder.blocks.{}.norm": "language_model.encoder.block.{}.layer.0.layer_norm",
+    "encoder.blocks.{}.qkv": (
+        "language_model.encoder.block.{}.layer.0.SelfAttention.q",
+        "language_model.encoder.block.{}.layer.0.SelfAttention.k",
+        "language_model.encoder.block.{}.layer.0.SelfAttention.v",
+    ),
+    "encoder.blocks.{}.proj": "language_model.encoder.block.{}.layer.0.SelfAttention.o",
+    "encoder.blocks.{}.ffn.norm": "language_model.encoder.block.{}.layer.1.layer_norm",
+    "encoder.blocks.{}.ffn.gate": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_0",
+    "encoder.blocks.{}.ffn.fc1": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_1",
+    "encoder.blocks.{}.ffn.fc2": "language_model.encoder.block.{}.layer.1.DenseReluDense.wo",
+    "encoder.norm": "language_model.encoder.final_layer_norm",
+    "encoder.cross.{}.kv": (
+        "language_model.decoder.block.{}.layer.1.EncDecAttention.k",
+        "language_model.decoder.block.{}.layer.1.EncDecAttention.v",
+    ),
+    "decoder.embedding.token": "language_model.shared",
+    "decoder.relative_bias.bucket": "language_model.decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
+    "decoder.blocks.{}.norm1": "language_model.decoder.block.{}.layer.0.layer_norm",
+    "decoder.blocks.{}.qkv": (
+        "language_model.decoder.block.{}.layer.0.SelfAttention.q",
+        "language_model.decoder.block.{}.layer.0.SelfAttention.k",
+        "language_model.decoder.block.{}.layer.0.SelfAttention.v",
+    ),
+    "decoder.blocks.{}.proj": "language_model.decoder.block.{}.layer.0.SelfAttention.o",
+    "decoder.blocks.{}.norm2": "language_model.decoder.block.{}.layer.1.layer_norm",
+    "decoder.blocks.{}.cross_query": "language_model.decoder.block.{}.layer.1.EncDecAttention.q",
+    "decoder.blocks.{}.cross_proj": "language_model.decoder.block.{}.layer.1.EncDecAttention.o",
+    "decoder.blocks.{}.ffn.norm": "language_model.decoder.block.{}.layer.2.layer_norm",
+    "decoder.blocks.{}.ffn.gate": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_0",
+    "decoder.blocks.{}.ffn.fc1": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_1",
+    "decoder.blocks.{}.ffn.fc2": "language_model.decoder.block.{}.layer.2.DenseReluDense.wo",
+    "decoder.head.norm": "language_model.decoder.final_layer_norm",
+    "decoder.head.lm_head": "language_model.lm_head",
+}
+TIED_HEAD = "language_model.lm_head.weight"
+T5_COPIES = ("language_model.encoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight")  # of `shared`
 
 
-def transformers_names(parameter: str) -> tuple[str, ...]:
-    """The tensors of a transformers checkpoint whose join is our parameter of this name."""
+def transformers_names(parameter: str, text: TextConfig) -> tuple[str, ...]:
+    """The tensors of a transformers checkpoint with this language model whose join is our parameter of this name."""
+    table = TRANSFORMERS_NAMES | (T5_NAMES if isinstance(text, T5Config) else OPT_NAMES)
     indices = re.findall(r"\.(\d+)\.", parameter)
     template = re.sub(r"\.\d+\.", ".{}.", parameter)
     module, _, leaf = template.rpartition(".")
-    names, suffix = (
-        (TRANSFORMERS_NAMES[template], "")
-        if template in TRANSFORMERS_NAMES
-        else (
-            TRANSFORMERS_NAMES[module],
-            "." + leaf,
-        )
-    )
+    names, suffix = (table[template], "") if template in table else (table[module], "." + leaf)
+    if isinstance(text, T5Config) and not text.is_gated_act and isinstance(names, str):
+        names = names.replace(".wi_1", ".wi")
     return tuple(name.format(*indices) + suffix for name in ((names,) if isinstance(names, str) else names))
 
 
@@ -102,7 +139,7 @@ class Checkpoint:
             source: a directory as `save_pretrained` writes it (safetensors or `.bin`, single or sharded), or a hub id.
 
         Raises:
-            CheckpointError: not found, damaged, not BLIP-2 with OPT, or not exactly the tensors of its model.
+            CheckpointError: not found, damaged, not BLIP-2 with OPT or T5, or not exactly the tensors of its model.
         """
         self.directory = find_directory(source)
         self.source_id = str(source) if not Path(source).exists() else self.directory.name
@@ -120,7 +157,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a value is NaN or infinite, or the file cannot be read.
         """
-        parts = [self._read(key) for key in transformers_names(name)]
+        parts = [self._read(key) for key in transformers_names(name, self.config.text)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def load(self, module: nn.Module, prefix: str) -> nn.Module:
@@ -130,11 +167,13 @@ class Checkpoint:
         return module.eval().requires_grad_(False)
 
     def count_parameters(self) -> dict[str, int]:
-        """Parameters of each stage, tied ones once."""
+        """Parameters of each stage; what several stages or layers share counts once."""
         counts: dict[str, int] = {}
+        counted: set[str] = set()
         for name, shape in self._shapes.items():
-            stage = name.partition(".")[0]
-            counts[stage] = counts.get(stage, 0) + torch.Size(shape).numel()
+            stage, keys = name.partition(".")[0], transformers_names(name, self.config.text)
+            counts[stage] = counts.get(stage, 0) + (0 if counted.issuperset(keys) else torch.Size(shape).numel())
+            counted.update(keys)
         return counts
 
     def sha256(self) -> str:
@@ -157,19 +196,21 @@ class Checkpoint:
 
     def _is_tied(self, config: Blip2Config) -> bool:
         """Whether the output layer is the token embedding. transformers unties them where a file holds two."""
-        stored = TIED_HEAD in self._where and TOKEN_EMBEDDING in self._where
-        if not config.text.tie_word_embeddings or not stored:
+        embedding = transformers_names("decoder.embedding.token.weight", config.text)[0]
+        if not config.text.tie_word_embeddings or not {TIED_HEAD, embedding} <= self._where.keys():
             return config.text.tie_word_embeddings
-        same_shape = self._where[TIED_HEAD].shapes[TIED_HEAD] == self._where[TOKEN_EMBEDDING].shapes[TOKEN_EMBEDDING]
-        return same_shape and torch.equal(
-            self._where[TIED_HEAD].read(TIED_HEAD), self._where[TOKEN_EMBEDDING].read(TOKEN_EMBEDDING)
-        )
+        return self._equal(TIED_HEAD, embedding)
+
+    def _equal(self, key: str, other: str) -> bool:
+        """Whether two stored tensors are the same, shapes first."""
+        same_shape = self._where[key].shapes[key] == self._where[other].shapes[other]
+        return same_shape and torch.equal(self._where[key].read(key), self._where[other].read(other))
 
     def _check_keys(self) -> None:
         """Every stored tensor is used, every parameter is stored, every shape fits: or one error that lists all."""
         missing, misshaped, used = [], [], set()
         for name, shape in self._shapes.items():
-            keys = transformers_names(name)
+            keys = transformers_names(name, self.config.text)
             expected = (shape[0] // len(keys), *shape[1:])
             for key in keys:
                 used.add(key)
@@ -181,6 +222,9 @@ class Checkpoint:
                     )
         if self.config.text.tie_word_embeddings:
             used.add(TIED_HEAD)
+        if isinstance(self.config.text, T5Config):
+            shared = transformers_names("decoder.embedding.token.weight", self.config.text)[0]
+            used.update(key for key in T5_COPIES if {key, shared} <= self._where.keys() and self._equal(key, shared))
         # position_ids are buffers 0, 1, 2, ... that old versions of transformers saved
         unused = [key for key in self._where if key not in used and not key.endswith(".position_ids")]
         problems = [

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..errors import CheckpointError
@@ -47,6 +47,7 @@ class QFormerConfig:
 class OPTConfig:
     """Decoder-only language model. Field names and defaults are those of transformers' `OPTConfig`."""
 
+    model_type: str = "opt"
     vocab_size: int = 50272
     hidden_size: int = 768
     ffn_dim: int = 3072
@@ -62,12 +63,56 @@ class OPTConfig:
     pad_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
 
+
+@dataclass(frozen=True)
+class T5Config:
+    """Encoder-decoder language model. Field names and defaults are those of transformers' `T5Config`."""
+
+    model_type: str = "t5"
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_decoder_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+    dense_act_fn: str = "relu"
+    scale_decoder_outputs: bool = True
+    tie_word_embeddings: bool = True
+    decoder_start_token_id: int | None = None
+    bos_token_id: int | None = None
+    pad_token_id: int | None = 0
+    eos_token_id: int | tuple[int, ...] | None = 1
+
     @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """`eos_token_id`, which may be absent, one id or several, as a tuple."""
-        if self.eos_token_id is None:
-            return ()
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+    def hidden_size(self) -> int:
+        """Width of the residual stream, by the name that all parts share."""
+        return self.d_model
+
+    @property
+    def is_gated_act(self) -> bool:
+        """Whether the feed-forward layer is gated, as T5 1.1 and FLAN-T5 have it."""
+        return self.feed_forward_proj.startswith("gated-")
+
+    @property
+    def start_token_id(self) -> int | None:
+        """What the decoder starts from."""
+        return self.bos_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id
+
+
+TextConfig = OPTConfig | T5Config
+TEXT_CONFIGS: dict[str, type[OPTConfig] | type[T5Config]] = {"opt": OPTConfig, "t5": T5Config}
+
+
+def stop_token_ids(text: TextConfig) -> tuple[int, ...]:
+    """`eos_token_id`, which may be absent, one id or several, as a tuple."""
+    if text.eos_token_id is None:
+        return ()
+    return text.eos_token_id if isinstance(text.eos_token_id, tuple) else (text.eos_token_id,)
 
 
 @dataclass(frozen=True)
@@ -76,7 +121,7 @@ class Blip2Config:
 
     vision: VisionConfig = VisionConfig()
     qformer: QFormerConfig = QFormerConfig()
-    text: OPTConfig = OPTConfig()
+    text: TextConfig = OPTConfig()
     num_query_tokens: int = 32
     image_token_id: int | None = None
 
@@ -89,8 +134,8 @@ class Blip2Config:
         """Read the parsed `config.json` of a transformers BLIP-2 checkpoint.
 
         Raises:
-            CheckpointError: not a BLIP-2 configuration, a language model that is not a pre-norm OPT, or a value that
-                the reference model cannot represent. All problems are listed in one message.
+            CheckpointError: not a BLIP-2 configuration, a language model that is neither pre-norm OPT nor T5, or a
+                value that the reference model cannot represent. All problems are listed in one message.
         """
         if config.get("model_type") != "blip-2":
             raise CheckpointError(
@@ -99,9 +144,9 @@ class Blip2Config:
             )
         text = _section(config, "text_config")
         language_model = text.get("model_type", "opt")
-        if language_model != "opt":
+        if language_model not in TEXT_CONFIGS:
             raise CheckpointError(
-                f"the language model is {language_model!r}; blip2rt exports BLIP-2 with an OPT language model: "
+                f"the language model is {language_model!r}; blip2rt exports BLIP-2 with an OPT or T5 language model: "
                 "pass such a checkpoint to --model"
             )
         vision = dict(_section(config, "vision_config"))
@@ -114,7 +159,7 @@ class Blip2Config:
         parsed = cls(
             vision=VisionConfig(**_known_fields(VisionConfig, vision, "vision_config", problems)),
             qformer=QFormerConfig(**_known_fields(QFormerConfig, qformer, "qformer_config", problems)),
-            text=OPTConfig(**_known_fields(OPTConfig, text, "text_config", problems)),
+            text=_text_config(TEXT_CONFIGS[language_model], text, problems),
             num_query_tokens=config.get("num_query_tokens", 32),
             image_token_id=config.get("image_token_index", config.get("image_token_id")),
         )
@@ -123,6 +168,21 @@ class Blip2Config:
         if problems:
             raise CheckpointError("config.json cannot be used: " + "; ".join(problems))
         return parsed
+
+
+def _text_config(kind: type[OPTConfig] | type[T5Config], section: Mapping[str, Any], problems: list[str]) -> TextConfig:
+    """The language model's section. T5's derives fields from each other, as transformers' `T5Config` does."""
+    text = kind(**_known_fields(kind, section, "text_config", problems))
+    if isinstance(text, OPTConfig):
+        return text
+    if section.get("num_decoder_layers") is None:
+        text = replace(text, num_decoder_layers=text.num_layers)
+    if "dense_act_fn" not in section:
+        name = text.feed_forward_proj.removeprefix("gated-")
+        text = replace(text, dense_act_fn="gelu_new" if text.feed_forward_proj == "gated-gelu" else name)
+    # transformers 5 always writes tied embeddings; the output layer is scaled only where they were meant to be
+    scaled = section.get("scale_decoder_outputs", section.get("tie_word_embeddings") is not False)
+    return replace(text, scale_decoder_outputs=scaled, tie_word_embeddings=True)
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -138,10 +198,10 @@ def _known_fields(kind: type, section: Mapping[str, Any], where: str, problems: 
     """The fields of `kind` that `section` sets, type-checked against the defaults; wrong ones go to `problems`."""
     values: dict[str, Any] = {}
     for name, field in kind.__dataclass_fields__.items():  # type: ignore[attr-defined]
-        if name not in section:
+        if name not in section or (name == "num_decoder_layers" and section[name] is None):
             continue
         value, default = section[name], field.default
-        if name in ("eos_token_id", "pad_token_id"):
+        if name in ("eos_token_id", "pad_token_id") or (kind is T5Config and name.endswith("_token_id")):
             ids = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
             valid = all(type(i) is int and i >= 0 for i in ids) and (name == "eos_token_id" or ids != value)
             value = tuple(value) if isinstance(value, (list, tuple)) else value
@@ -160,11 +220,10 @@ def _known_fields(kind: type, section: Mapping[str, Any], where: str, problems: 
 
 def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mapping[str, Any]) -> list[str]:
     problems = []
-    for where, part in (
-        ("vision_config", config.vision),
-        ("qformer_config", config.qformer),
-        ("text_config", config.text),
-    ):
+    attending = (("vision_config", config.vision), ("qformer_config", config.qformer), ("text_config", config.text))
+    for where, part in attending:
+        if isinstance(part, T5Config):  # its heads have a width of their own
+            continue
         if part.hidden_size % part.num_attention_heads:
             problems.append(
                 f"{where}.hidden_size {part.hidden_size} is not a multiple of num_attention_heads "
@@ -173,7 +232,9 @@ def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mappi
     for where, activation in (
         ("vision_config.hidden_act", config.vision.hidden_act),
         ("qformer_config.hidden_act", config.qformer.hidden_act),
-        ("text_config.activation_function", config.text.activation_function),
+        ("text_config.activation_function", config.text.activation_function)
+        if isinstance(config.text, OPTConfig)
+        else ("text_config.dense_act_fn", config.text.dense_act_fn),
     ):
         if activation not in ACTIVATIONS:
             problems.append(f"{where} is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
@@ -185,6 +246,8 @@ def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mappi
         problems.append(f"num_query_tokens is {config.num_query_tokens!r}")
     if config.image_token_id is not None and (type(config.image_token_id) is not int or config.image_token_id < 0):
         problems.append(f"image_token_index is {config.image_token_id!r}")
+    if isinstance(config.text, T5Config):
+        problems += _t5_contradictions(config.text)
     if text.get("do_layer_norm_before", True) is not True:
         problems.append("text_config.do_layer_norm_before is false: post-norm OPT (opt-350m) is not supported")
     if text.get("word_embed_proj_dim") not in (None, config.text.hidden_size):
@@ -194,7 +257,8 @@ def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mappi
         )
     for name, token in (
         ("bos_token_id", config.text.bos_token_id),
-        *(("eos_token_id", i) for i in config.text.stop_token_ids),
+        ("decoder_start_token_id", config.text.decoder_start_token_id if isinstance(config.text, T5Config) else None),
+        *(("eos_token_id", i) for i in stop_token_ids(config.text)),
         ("pad_token_id", config.text.pad_token_id),
         ("image_token_index", config.image_token_id),
     ):
@@ -202,4 +266,22 @@ def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mappi
             problems.append(f"{name} {token} is beyond the {config.text.vocab_size} embedding rows")
     if qformer.get("use_qformer_text_input", False) is not False:
         problems.append("qformer_config.use_qformer_text_input is true: a Q-Former that reads text is not supported")
+    return problems
+
+
+def _t5_contradictions(text: T5Config) -> list[str]:
+    problems = []
+    if text.start_token_id is None:
+        problems.append("text_config has neither decoder_start_token_id nor bos_token_id: the decoder cannot start")
+    if text.feed_forward_proj.count("-") > 1 or ("-" in text.feed_forward_proj and not text.is_gated_act):
+        problems.append(
+            f"text_config.feed_forward_proj is {text.feed_forward_proj!r}, not 'gated-ACTIVATION' or one name"
+        )
+    if text.relative_attention_num_buckets < 4:  # the encoder halves them twice
+        problems.append(f"text_config.relative_attention_num_buckets is {text.relative_attention_num_buckets}")
+    if text.relative_attention_max_distance <= text.relative_attention_num_buckets // 2:
+        problems.append(
+            f"text_config.relative_attention_max_distance {text.relative_attention_max_distance} is within the "
+            f"{text.relative_attention_num_buckets // 2} distances that have buckets of their own"
+        )
     return problems

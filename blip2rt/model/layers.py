@@ -1,4 +1,4 @@
-"""What the three transformers share: attention over heads and the activation table."""
+"""What the transformers share: attention over heads, the cache in place, and the activation table."""
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,32 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(2, (num_heads, x.shape[2] // num_heads)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of heads [B, H, S, d] over [B, H, C, d], joined to [B, S, D]; `mask` [B, 1, S, C] is added."""
-    joined = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Softmax attention of heads [B, H, S, d] over [B, H, C, d], joined to [B, S, H*d].
+
+    `mask` [B, 1 or H, S, C] is added to the scores; `scale` multiplies them, None: 1 / sqrt(d).
+    """
+    joined = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return joined.transpose(1, 2).flatten(2)
+
+
+@torch.library.custom_op("blip2rt::write_cache", mutates_args=())
+def write_cache(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
+    """Cache [B, H, C, d] with rows [B, H, S, d] written from row write_indices[b] on; ONNX calls it TensorScatter."""
+    index = write_indices[:, None] + torch.arange(rows.shape[2], device=rows.device)  # [B, S]
+    return cache.scatter(2, index[:, None, :, None].expand_as(rows), rows)
+
+
+@write_cache.register_fake
+def _(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+def embed_rows(token: nn.Embedding, prefix: Tensor, input_ids: Tensor) -> Tensor:
+    """Rows of `prefix` [B, S, D] where the id [B, S] is negative (the picture), token embeddings elsewhere."""
+    return torch.where(input_ids[:, :, None] < 0, prefix, token(input_ids.clamp(min=0)))
+
+
+def pick_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows [B, R] of x [B, S, D] that want logits: [B, R, D]."""
+    return x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))

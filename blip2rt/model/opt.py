@@ -4,26 +4,13 @@ The same forward prefills (S = query slots and prompt) and steps (S = one row a 
 are written, what each may see and which want logits are inputs: so beams can be branches of one tree (`stages.py`).
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import OPTConfig
-from .layers import activation, attend, split_heads
+from .layers import activation, attend, embed_rows, pick_rows, split_heads, write_cache
 
 POSITION_OFFSET = 2  # OPT's position table starts two rows late, an inheritance of its padding index
-
-
-@torch.library.custom_op("blip2rt::write_cache", mutates_args=())
-def write_cache(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
-    """Cache [B, H, C, d] with rows [B, H, S, d] written from row write_indices[b] on; ONNX calls it TensorScatter."""
-    index = write_indices[:, None] + torch.arange(rows.shape[2], device=rows.device)  # [B, S]
-    return cache.scatter(2, index[:, None, :, None].expand_as(rows), rows)
-
-
-@write_cache.register_fake
-def _(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
-    return torch.empty_like(cache)
 
 
 class OPTBlock(nn.Module):
@@ -62,9 +49,7 @@ class OPTEmbedding(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings + POSITION_OFFSET, config.hidden_size)
 
     def forward(self, prefix: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        tokens = self.token(input_ids.clamp(min=0))
-        x = torch.where(input_ids[:, :, None] < 0, prefix, tokens)
-        return x + self.position(positions + POSITION_OFFSET)
+        return embed_rows(self.token, prefix, input_ids) + self.position(positions + POSITION_OFFSET)
 
 
 class OPTHead(nn.Module):
@@ -82,7 +67,7 @@ class OPTHead(nn.Module):
         )
 
     def forward(self, x: Tensor, logit_rows: Tensor, token_embedding: Tensor) -> Tensor:
-        x = x.gather(1, logit_rows[:, :, None].expand(-1, -1, x.shape[2]))  # [B, R, D]
+        x = pick_rows(x, logit_rows)
         weight = token_embedding if self.lm_head is None else self.lm_head.weight
         # two axes, so that the export can multiply by the transposed embedding as it lies in the file
         logits = F.linear(self.norm(x).flatten(0, 1), weight)  # [B*R, V]
