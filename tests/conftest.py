@@ -32,11 +32,12 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
     heads = {part: draw.randint(1, 4) for part in ("vision", "qformer", "text")}
     widths = {part: heads[part] * draw.randint(3, 11) for part in heads}
     patch = draw.choice([7, 14])
+    most_layers = 2 if model_type == "t5" else 6  # T5 has layers enough in its language model
     config = Blip2Config(
         vision_config={
             "hidden_size": widths["vision"],
             "intermediate_size": draw.randint(10, 70),
-            "num_hidden_layers": draw.randint(1, 6),
+            "num_hidden_layers": draw.randint(1, most_layers),
             "num_attention_heads": heads["vision"],
             "image_size": patch * draw.randint(1, 6),
             "patch_size": patch,
@@ -44,7 +45,7 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
         qformer_config={
             "hidden_size": widths["qformer"],
             "intermediate_size": draw.randint(10, 70),
-            "num_hidden_layers": draw.randint(1, 6),
+            "num_hidden_layers": draw.randint(1, most_layers),
             "num_attention_heads": heads["qformer"],
             "cross_attention_frequency": draw.choice([1, 2, 2, 3]),
         },
