@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import ExportError as ExportError
     from .errors import ImageError as ImageError
     from .errors import InputError as InputError
+    from .errors import OutputError as OutputError
     from .options import GenerationOptions as GenerationOptions
     from .pipeline import Pipeline as Pipeline
     from .results import Answer as Answer
@@ -31,7 +32,8 @@ _HOMES = {
     "GenerationOptions": "options",
     **dict.fromkeys(("Answer", "Caption", "Generation", "ImageFeatures"), "results"),
     **dict.fromkeys(
-        ("Blip2rtError", "CheckpointError", "EngineError", "ExportError", "ImageError", "InputError"), "errors"
+        ("Blip2rtError", "CheckpointError", "EngineError", "ExportError", "ImageError", "InputError", "OutputError"),
+        "errors",
     ),
 }
 

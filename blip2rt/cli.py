@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 from . import __version__
@@ -99,6 +100,31 @@ def generate(arguments: argparse.Namespace) -> int:
     )
 
 
+def bulk(arguments: argparse.Namespace) -> int:
+    """Caption, or ask about, a whole collection; killed and run again, it goes on where it was."""
+    from .bulk.run import BulkJob, run_bulk
+    from .bulk.sources import Columns
+
+    job = BulkJob(
+        source=arguments.source,
+        output=Path(arguments.output),
+        task=arguments.task,
+        text=arguments.question if arguments.task == "answer" else arguments.prompt,
+        columns=Columns(arguments.image_column, arguments.id_column, arguments.text_column),
+        options=_options(arguments),
+        format=arguments.format,
+        extension=arguments.extension,
+        strip_prefixes=arguments.strip_prefix,
+        workers=arguments.workers,
+        batch_size=arguments.batch_size,
+        force=arguments.force,
+    )
+    with _extra("parquet"):
+        report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)
+    print(json.dumps(asdict(report)) if arguments.json else report, file=sys.stdout if arguments.json else sys.stderr)
+    return int(bool(report.failed) and not report.answered + report.kept + report.skipped)
+
+
 def verify(arguments: argparse.Namespace) -> int:
     """Compare an engine with the reference model, stage by stage."""
     with _extra("export"):
@@ -126,8 +152,7 @@ def _write_results(
     run: Callable[[Pipeline, list[Any], GenerationOptions], list[Generation]],
 ) -> int:
     """Run pictures in batches; a bad one becomes a row with its error, and the others go on."""
-    given = {field.name: getattr(arguments, field.name) for field in fields(GenerationOptions)}
-    options = GenerationOptions(**given)
+    options = _options(arguments)
     resolve_options(defaults, options, {})  # a wrong call is refused before a picture is looked at
     pipe = Pipeline(arguments.engine, name=arguments.name, threads=arguments.threads)
     status = 0
@@ -142,6 +167,10 @@ def _write_results(
             _write_row(path, None if error else next(results), error, arguments.json)
             status = status or int(error is not None)
     return status
+
+
+def _options(arguments: argparse.Namespace) -> GenerationOptions:
+    return GenerationOptions(**{field.name: getattr(arguments, field.name) for field in fields(GenerationOptions)})
 
 
 def _preprocess(pipe: Pipeline, path: str) -> Any:
@@ -212,14 +241,8 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--question", required=True)
         else:
             added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
-        added.add_argument("--threads", type=int, help="cores to use (default: all)")
-        for field in fields(GenerationOptions):
-            option = "--" + field.name.replace("_", "-")
-            if field.name == "do_sample":
-                added.add_argument(option, action="store_true", default=None)
-            else:
-                kind = OPTION_TYPES.get(field.name, float if field.name in FLOATS else int)
-                added.add_argument(option, type=kind, metavar="VALUE")
+        _add_options(added)
+    _add_bulk(command(bulk))
 
     verifier = command(verify)
     verifier.add_argument("engine", metavar="ENGINE")
@@ -236,3 +259,40 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")
     parser.add_argument("--name", help="which engine of a folder")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=int, help="cores to use (default: all)")
+    for field in fields(GenerationOptions):
+        option = "--" + field.name.replace("_", "-")
+        if field.name == "do_sample":
+            parser.add_argument(option, action="store_true", default=None)
+        else:
+            kind = OPTION_TYPES.get(field.name, float if field.name in FLOATS else int)
+            parser.add_argument(option, type=kind, metavar="VALUE")
+
+
+def _add_bulk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, a list of paths (.txt), .jsonl, .csv, .tsv, .parquet, or WebDataset shards: a .tar, a pattern "
+        "of them, 'pipe:COMMAND'",
+    )
+    parser.add_argument("--output", required=True, metavar="DEST", help="a file, or a folder, by --format")
+    parser.add_argument("--format", help="jsonl, csv, parquet, webdataset or sidecar (default: DEST's ending)")
+    parser.add_argument("--task", default="caption", help="caption (the default), answer or generate")
+    parser.add_argument("--prompt", help="for all pictures (default: a column 'prompt'; for captions 'a photo of')")
+    parser.add_argument("--question", help="for all pictures (default: a column 'question')")
+    parser.add_argument("--text-column", metavar="NAME", help="column with a question or prompt for every picture")
+    parser.add_argument("--image-column", metavar="NAME", help="column with the picture: its path, or its bytes")
+    parser.add_argument("--id-column", metavar="NAME", help="column that names a row (default: 'id', else the picture)")
+    parser.add_argument("--extension", default=".txt", help="of sidecar files (default: .txt)")
+    parser.add_argument(
+        "--strip-prefix", action="append", default=[], metavar="TEXT", help="take it off the beginning of every text"
+    )
+    parser.add_argument("--workers", type=int, help="processes that decode (default: one for two cores)")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"(default: {BATCH_SIZE})")
+    parser.add_argument("--force", action="store_true", help="throw away an output that is there, and begin anew")
+    _add_engine(parser)
+    _add_options(parser)

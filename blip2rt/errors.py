@@ -28,3 +28,7 @@ class EngineError(Blip2rtError):
 
 class ExportError(Blip2rtError):
     """An export that could not be finished or whose engines disagree with the reference model."""
+
+
+class OutputError(Blip2rtError):
+    """An output that cannot be written: no permission, no space, or changed by somebody else."""

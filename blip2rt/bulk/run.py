@@ -1,0 +1,351 @@
+"""START HERE: the loop over a collection, from items to rows."""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from ..errors import Blip2rtError, InputError
+from ..options import GenerationOptions, resolve_options
+from ..pipeline import ANSWER_DEFAULTS, BATCH_SIZE, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
+from ..preprocess import ImageSource
+from ..progress import Progress
+from ..results import Generation
+from ..tokenizer import CAPTION_PROMPT
+from .decoding import Array, Decoded, Decoders
+from .formats import errors_file, open_sink, output_folder, pick_format, start_anew
+from .items import Item
+from .journal import Journal, Key
+from .sinks import AppendedFile, Row, Sink, json_line
+from .sources import Columns, Source
+from .webdataset import MAX_SAMPLE
+
+COMMIT_SECONDS = 1.0  # work that a kill may cost
+LOG_SECONDS = 60.0
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "caption": CAPTION_DEFAULTS,
+    "answer": ANSWER_DEFAULTS,
+    "generate": GENERATE_DEFAULTS,
+}
+TEXT_NAMES = {"caption": "prompt", "answer": "question", "generate": "prompt"}  # what a task calls its text
+
+
+@dataclass(frozen=True)
+class BulkJob:
+    """What is to be done; all that the output depends on, and a few things that only make it faster."""
+
+    source: str
+    output: Path
+    task: str = "caption"  # "caption", "answer", "generate"
+    text: str | None = None  # the question or prompt for all; None: the column's, or "a photo of" for captions
+    columns: Columns = field(default_factory=Columns)
+    options: GenerationOptions = field(default_factory=GenerationOptions)
+    format: str | None = None  # "jsonl", "csv", "parquet", "webdataset", "sidecar"; None: by the output's ending
+    extension: str = ".txt"  # of sidecar files
+    strip_prefixes: Sequence[str] = ()  # taken off the beginning of a text, whatever their case
+    workers: int | None = None  # processes that decode; None: one for every two cores; 0: decode in this process
+    batch_size: int = BATCH_SIZE
+    force: bool = False  # throw an output away that is there, and begin anew
+
+
+@dataclass(frozen=True)
+class BulkReport:
+    """How it went. `skipped` were done in earlier runs, `kept` had a sidecar file of somebody else's."""
+
+    answered: int
+    failed: int
+    skipped: int
+    kept: int
+    seconds: float
+
+    def __str__(self) -> str:
+        done = self.answered + self.failed
+        rate = f", {done / self.seconds:.1f} a second" if done else ""
+        before = f", {self.skipped} done in earlier runs" if self.skipped else ""
+        kept = f", {self.kept} with a text file that stays" if self.kept else ""
+        return f"{self.answered} answered, {self.failed} failed{before}{kept}{rate}"
+
+
+@dataclass
+class _Entry:
+    """An item on its way. With `error` there is nothing to decode."""
+
+    item: Item
+    key: Key
+    error: str | None = None
+
+
+def run_bulk(
+    job: BulkJob, engine: str | Path = "engines", name: str | None = None, threads: int | None = None
+) -> BulkReport:
+    """Answer every picture of a collection exactly once, across as many runs as it takes.
+
+    Args:
+        job: what to do.
+        engine, name, threads: as for `Pipeline`.
+
+    Raises:
+        InputError: a wrong call, a source without pictures, an output of other settings or in use.
+        OutputError: the output cannot be written.
+        EngineError: the engine is missing or damaged.
+        Blip2rtError: parts of the source could not be read; everything else is done.
+    """
+    run = _Run(job, engine, name, threads)
+    try:
+        return run.to_the_end()
+    finally:
+        run.close()
+
+
+class _Run:
+    def __init__(self, job: BulkJob, engine: str | Path, name: str | None, threads: int | None):
+        if job.task not in DEFAULTS:
+            raise InputError(f"task {job.task!r} is none of {', '.join(DEFAULTS)}")
+        for option, value, least in (("workers", job.workers, 0), ("batch_size", job.batch_size, 1)):
+            if value is not None and value < least:
+                raise InputError(f"{option} must be a whole number of at least {least}, not {value}")
+        self.job = job
+        options = resolve_options(DEFAULTS[job.task], job.options, {})
+        self.text, columns = _text_and_columns(job)
+        self.source = Source(job.source, columns)
+        chosen = pick_format(job.format, job.output, job.extension)
+        self.pipe = Pipeline(engine, name=name, threads=threads)
+        self.text_column = columns.text and TEXT_NAMES[job.task]
+        settings = {
+            "task": job.task,
+            "text": self.text,
+            **asdict(options),
+            "strip_prefixes": list(job.strip_prefixes),
+            "source": self.source.name,
+            **{f"{name}_column": value for name, value in asdict(columns).items()},
+            "format": chosen,
+            "extension": job.extension if chosen == "sidecar" else None,
+            "engine": f"{self.pipe.manifest.name}, {_engine_hash(self.pipe)}",
+        }
+        folder = output_folder(job.output, chosen)
+        if job.force:
+            start_anew(job.output, chosen, folder)
+        self.journal = Journal(folder, settings)
+        try:
+            state = self.journal.state()
+            self.sink: Sink = open_sink(
+                chosen,
+                job.output,
+                folder,
+                state.get("sink"),
+                text_name=self.text_column,
+                num_alternatives=options.num_return_sequences - 1,
+                extension=job.extension,
+                field=job.task,
+            )
+            self.errors = AppendedFile(errors_file(job.output, chosen), state.get("errors", 0))
+            cores = len(os.sched_getaffinity(0))
+            workers = max(1, cores // 2) if job.workers is None else job.workers
+            self.decoders = Decoders(self.pipe.manifest.image, workers)
+        except BaseException:
+            self.journal.close()
+            raise
+        self.skipped = self.kept = self.answered = self.failed = 0
+        self.source_error: Blip2rtError | None = None
+        self._answered: list[Key] = []
+        self._failed: list[Key] = []
+        self._committed = monotonic()
+
+    def close(self) -> None:
+        self.decoders.close()
+        self.sink.close()
+        self.errors.close()
+        self.journal.close()
+
+    def to_the_end(self) -> BulkReport:
+        start = monotonic()
+        self.progress = Progress("pictures", self.source.count(), LOG_SECONDS)
+        try:
+            for batch, features in self._encoded(self._batches(self.decoders.run(self._entries()))):
+                self._write(batch, self._generate(batch, features))
+                self.progress.advance(len(batch))
+                if monotonic() - self._committed > COMMIT_SECONDS:
+                    self._commit()
+            self.sink.finish()
+            self._commit()
+        finally:
+            self.progress.close()
+        if self.source_error:
+            raise self.source_error
+        if not self.answered + self.failed + self.skipped + self.kept:
+            raise InputError(f"there are no pictures in {self.job.source}")
+        return BulkReport(self.answered, self.failed, self.skipped, self.kept, monotonic() - start)
+
+    def _entries(self) -> Iterator[tuple[_Entry, ImageSource | None]]:
+        """What is not done yet, with what is to be decoded."""
+        for item in self._items():
+            error = item.error
+            try:
+                name = self.sink.name(item)
+            except InputError as problem:
+                name, error = item.id, str(problem)
+            key, is_done = self.journal.meet(name)
+            if is_done:
+                self.skipped += 1
+                self._one_less()
+                continue
+            if key[1] > 1:
+                taken = "its id came before" if name == item.id else f"its output {name} is another input's"
+                error = f"{taken} in this source, and only the first is answered: give every input an id of its own"
+            if error is None and self.sink.has(item):
+                self.kept += 1
+                self._answered.append(key)
+                self._one_less()
+                continue
+            if error is None and self.sink.needs_picture and item.data is None:
+                item, error = _with_picture(item)
+            source = item.path if item.data is None else item.data
+            yield _Entry(item, key, error), None if error is not None else source
+
+    def _one_less(self) -> None:
+        if self.progress.total is not None:
+            self.progress.total -= 1
+
+    def _items(self) -> Iterator[Item]:
+        """The source's items. Where it breaks, what came before is answered first."""
+        try:
+            yield from self.source
+        except Blip2rtError as error:
+            self.source_error = error
+        except OSError as error:
+            self.source_error = Blip2rtError(
+                f"{self.job.source} cannot be read to its end ({error}): mend it and run the same command again, what "
+                "is done stays done"
+            )
+
+    def _batches(self, entries: Iterator[tuple[_Entry, Decoded | None]]) -> Iterator[list[tuple[_Entry, Array | None]]]:
+        """Entries in their order, with as many pictures as fill a batch: broken ones leave no hole."""
+        batch: list[tuple[_Entry, Array | None]] = []
+        for entry, decoded in entries:
+            if isinstance(decoded, str):
+                entry.error, decoded = decoded, None
+            batch.append((entry, decoded))
+            pictures = sum(pixels is not None for _, pixels in batch)
+            if pictures == self.job.batch_size or len(batch) == 64 * self.job.batch_size:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+    def _encoded(
+        self, batches: Iterator[list[tuple[_Entry, Array | None]]]
+    ) -> Iterator[tuple[list[_Entry], list[Any]]]:
+        """Batches with the features of their pictures: the next one is encoded while the last one is answered."""
+        waiting = None
+        with ThreadPoolExecutor(1) as executor:
+            for batch in batches:
+                pixels = [pixels for _, pixels in batch if pixels is not None]
+                entries = [entry for entry, _ in batch]
+                future = executor.submit(self.pipe.encode, pixels) if pixels else None
+                if waiting:
+                    yield waiting[0], waiting[1].result() if waiting[1] else []
+                waiting = entries, future
+            if waiting:
+                yield waiting[0], waiting[1].result() if waiting[1] else []
+
+    def _generate(self, batch: list[_Entry], features: list[Any]) -> list[Generation | None]:
+        """Answers to the entries of a batch; None, and the entry's error, where its own text was refused."""
+        readable = [entry for entry in batch if entry.error is None]
+        texts = [self.text if self.text is not None else entry.item.text for entry in readable]
+        if not readable:
+            return [None] * len(batch)
+        call = getattr(self.pipe, self.job.task)
+        results: list[Generation | None]
+        try:
+            results = call(features, texts, options=self.job.options)
+        except InputError:
+            if self.text is not None:
+                raise
+            results = [self._generate_one(*one) for one in zip(readable, features, texts, strict=True)]
+        found = {id(entry): result for entry, result in zip(readable, results, strict=True)}
+        return [found.get(id(entry)) for entry in batch]
+
+    def _generate_one(self, entry: _Entry, features: Any, text: Any) -> Generation | None:
+        try:
+            result: Generation = getattr(self.pipe, self.job.task)(features, text, options=self.job.options)
+        except InputError as error:
+            entry.error = str(error)
+            return None
+        return result
+
+    def _write(self, batch: list[_Entry], results: list[Generation | None]) -> None:
+        for entry, result in zip(batch, results, strict=True):
+            if result is None:
+                self.errors.append(json_line({"id": entry.item.id, "error": entry.error}))
+                self._failed.append(entry.key)
+                self.failed += 1
+            else:
+                self.sink.write(entry.item, self._row(entry.item, result))
+                self._answered.append(entry.key)
+                self.answered += 1
+
+    def _row(self, item: Item, result: Generation) -> Row:
+        text = {self.text_column: item.text} if self.text_column else {}
+        others = [self._columns_of(other) for other in result.alternatives]
+        return {"id": item.id, **text, **self._columns_of(result), "alternatives": others}
+
+    def _columns_of(self, result: Generation) -> Row:
+        row = {
+            name: getattr(result, name) for name in ("text", "score", "finish_reason", "token_ids", "token_logprobs")
+        }
+        return row | {"text": strip_prefix(result.text, self.job.strip_prefixes)}
+
+    def _commit(self) -> None:
+        self.sink.sync()
+        self.errors.sync()
+        self.journal.commit(self._answered, self._failed, {"sink": self.sink.state(), "errors": self.errors.size})
+        self.sink.committed()
+        self._answered.clear()
+        self._failed.clear()
+        self._committed = monotonic()
+
+
+def strip_prefix(text: str, prefixes: Sequence[str]) -> str:
+    """`text` without the longest of `prefixes` that it begins with, as a whole word, whatever its case."""
+    for prefix in sorted((p.strip() for p in prefixes), key=len, reverse=True):
+        rest = text[len(prefix) :]
+        if prefix and text.lower().startswith(prefix.lower()) and not (prefix[-1].isalnum() and rest[:1].isalnum()):
+            return rest.strip()
+    return text
+
+
+def _text_and_columns(job: BulkJob) -> tuple[str | None, Columns]:
+    """The text for all, or the column that holds one for each."""
+    name = TEXT_NAMES[job.task]
+    if job.text is not None and job.columns.text:
+        raise InputError(
+            f"there is a {name} for all and a column {job.columns.text!r} with one for each: give one of the two"
+        )
+    if job.text is not None or job.columns.text:
+        return job.text, job.columns
+    if job.task == "caption":
+        return CAPTION_PROMPT, job.columns
+    return None, replace(job.columns, text=name)
+
+
+def _with_picture(item: Item) -> tuple[Item, str | None]:
+    """The item with the content of its file, or why it cannot be read."""
+    assert item.path is not None
+    try:
+        status = os.stat(item.path)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_SAMPLE:
+            return item, f"{item.path} is no file of at most {MAX_SAMPLE} bytes"
+        return replace(item, data=item.path.read_bytes()), None
+    except (OSError, ValueError) as error:
+        return item, f"{item.path} cannot be opened ({getattr(error, 'strerror', error)}): check the path"
+
+
+def _engine_hash(pipe: Pipeline) -> str:
+    files = {name: entry.sha256 for name, entry in pipe.manifest.files.items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]
