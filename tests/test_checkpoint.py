@@ -20,7 +20,7 @@ from transformers import Blip2ForConditionalGeneration
 from blip2rt import CheckpointError
 from blip2rt.export.tokenizer_files import write_tokenizer
 from blip2rt.model import Checkpoint, load_blip2
-from blip2rt.model.checkpoint import TIED_HEAD, TOKEN_EMBEDDING
+from blip2rt.model.names import TIED_HEAD, TOKEN_EMBEDDING
 
 State = dict[str, Tensor]
 PROJECTION = "language_projection.weight"
