@@ -26,6 +26,7 @@ OPTION_TYPES: dict[str, Callable[[str], Any]] = {
     "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
     "rules": str,
 }
+SOURCE_OPTIONS = ("config", "vision", "llm", "image_size", "vision_layers")  # fields of CheckpointSource
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
@@ -62,7 +63,7 @@ def export(arguments: argparse.Namespace) -> int:
         from .export import export_engine
 
     engine = export_engine(
-        arguments.model or CHECKPOINT,
+        _source(arguments, arguments.model or CHECKPOINT),
         arguments.output,
         precision=arguments.precision,
         device=arguments.device,
@@ -131,7 +132,7 @@ def verify(arguments: argparse.Namespace) -> int:
         from .export.verify import verify_engine
 
     status = 0
-    for comparison in verify_engine(arguments.engine, arguments.model, arguments.name):
+    for comparison in verify_engine(arguments.engine, _source(arguments, arguments.model), arguments.name):
         print(json.dumps(comparison.as_dict()) if arguments.json else comparison)
         status = status or int(comparison.first_divergence is not None)
     return status
@@ -144,6 +145,14 @@ def inspect(arguments: argparse.Namespace) -> int:
     description = describe_engine(arguments.engine, arguments.name)
     print(json.dumps(description.as_dict()) if arguments.json else description)
     return 0
+
+
+def _source(arguments: argparse.Namespace, model: Any) -> Any:
+    """The checkpoint that a command names; imported here, because it loads torch."""
+    from .model import CheckpointSource
+
+    given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in SOURCE_OPTIONS}
+    return CheckpointSource(**given | {"model": model})
 
 
 def _write_results(
@@ -226,11 +235,15 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     exporter = command(export)
-    exporter.add_argument("--model", help="a transformers BLIP-2 directory or hub id (default: the bundled model)")
+    exporter.add_argument(
+        "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
+    )
+    _add_parts(exporter)
+    _add_sizes(exporter)
     exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
     exporter.add_argument("--precision", default="fp32", help="fp32")
     exporter.add_argument("--device", default="cpu", help="cpu")
-    exporter.add_argument("--tokenizer", help="directory of the language model's tokenizer (default: the model's)")
+    exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
 
     for run in (caption, answer, generate):
@@ -247,12 +260,26 @@ def _parser() -> argparse.ArgumentParser:
     verifier = command(verify)
     verifier.add_argument("engine", metavar="ENGINE")
     verifier.add_argument("--model", required=True, help="the checkpoint that the engine was built from")
+    _add_parts(verifier)
+    _add_sizes(verifier)
     inspector = command(inspect)
     inspector.add_argument("engine", metavar="ENGINE")
     for added in (verifier, inspector):
         added.add_argument("--name", help="which engine of a folder")
         added.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """What the files of LAVIS and mmpretrain do not say or hold themselves."""
+    parser.add_argument("--config", metavar="FILE|NAME", help="a Blip2Config as JSON, or a name like blip2-opt-2.7b")
+    parser.add_argument("--vision", metavar="FILE", help="the image encoder of a LAVIS file without one")
+    parser.add_argument("--llm", metavar="DIR|ID", help="the language model of a file without one")
+
+
+def _add_sizes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to N pixels")
+    parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:

@@ -20,11 +20,11 @@ from transformers import Blip2ForConditionalGeneration
 from blip2rt import CheckpointError
 from blip2rt.export.tokenizer_files import write_tokenizer
 from blip2rt.model import Checkpoint, load_blip2
-from blip2rt.model.checkpoint import TIED_HEAD
+from blip2rt.model.names import TIED_HEAD, TOKEN_EMBEDDINGS
 
 State = dict[str, Tensor]
 PROJECTION = "language_projection.weight"
-TOKEN_EMBEDDING = "language_model.model.decoder.embed_tokens.weight"
+TOKEN_EMBEDDING = TOKEN_EMBEDDINGS["opt"]
 
 
 @pytest.fixture

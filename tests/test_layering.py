@@ -34,7 +34,8 @@ EXPORTER = {
 }
 # verify.py runs an engine as the runtime will: with its session options
 EXCEPTIONS = {("blip2rt/export/verify.py", "backends")}
-ON_DEMAND = {("cli", "export")}  # inside a function only: nothing but `blip2rt export` and `verify` loads torch
+# inside a function only: nothing but `blip2rt export` and `verify` loads torch
+ON_DEMAND = {("cli", "export"), ("cli", "model")}
 
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
 EXTRA_PACKAGES = {"bulk": {"pyarrow"}}  # inside a function only: they are not installed with the runtime

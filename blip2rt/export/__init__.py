@@ -11,9 +11,9 @@ import torch
 
 from .. import __version__
 from ..engine_directory import building, describe_files
-from ..errors import ExportError, InputError
+from ..errors import CheckpointError, ExportError, InputError
 from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
-from ..model import Blip2, Checkpoint
+from ..model import Blip2, Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, T5Config, stop_token_ids
 from ..model.weight_files import read_json
 from ..progress import Progress
@@ -28,7 +28,7 @@ PRECISIONS, DEVICES = ("fp32",), ("cpu",)
 
 
 def export_engine(
-    model: str | Path,
+    model: str | Path | CheckpointSource,
     output: str | Path | None = None,
     *,
     precision: str = "fp32",
@@ -41,11 +41,11 @@ def export_engine(
     Peak memory is a few tensors and one block of the model, not the model.
 
     Args:
-        model: a transformers BLIP-2 directory or hub id.
+        model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
         precision: "fp32".
         device: "cpu".
-        tokenizer: directory of the language model's tokenizer; None: the model's own.
+        tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
         force: replace an engine that is there.
 
     Returns:
@@ -67,16 +67,19 @@ def export_engine(
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     if output is None:
-        output = Path("engines") / f"{checkpoint.directory.name}-{precision}-{device}"
+        output = Path("engines") / f"{checkpoint.name}-{precision}-{device}"
     try:
         os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
+    tokenizer_directory = Path(tokenizer) if tokenizer else checkpoint.directory
+    if tokenizer_directory is None:
+        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with --tokenizer")
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
     with building(output, force=force, needed=4 * sum(parameters.values())) as directory:
         tokens = _token_spec(config)
-        write_tokenizer(Path(tokenizer) if tokenizer else checkpoint.directory, directory, config.text.vocab_size)
+        write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
         with torch.device("meta"):
             reference = Blip2(config)
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
@@ -88,7 +91,7 @@ def export_engine(
         bar.close()
         manifest = Manifest(
             name=Path(output).name,
-            source_id=str(model),
+            source_id=str(checkpoint.source.model),
             source_sha256=checkpoint.sha256(),
             precision=precision,
             device=device,
@@ -128,7 +131,7 @@ def _image_spec(checkpoint: Checkpoint) -> ImageSpec:
     """Mean and std from the checkpoint's processor, where it has one."""
     settings: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if (checkpoint.directory / name).is_file():
+        if checkpoint.directory and (checkpoint.directory / name).is_file():
             content = read_json(checkpoint.directory / name)
             settings |= content.get("image_processor") or content
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)

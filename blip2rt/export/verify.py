@@ -23,7 +23,7 @@ from ..backends.ort import session_options
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
 from ..manifest import Manifest, Parity
-from ..model import Blip2, Blip2Config, Checkpoint
+from ..model import Blip2, Blip2Config, Checkpoint, CheckpointSource
 from ..model.t5 import T5Decoder
 from ..progress import progress
 from ..stages import DECODER, ENCODER, MASKED, QFORMER, VISION, StageSpec
@@ -91,12 +91,14 @@ class Piece:
     outputs: tuple[str, ...]
 
 
-def verify_engine(path: str | Path, model: str | Path, name: str | None = None) -> Iterator[Comparison]:
+def verify_engine(
+    path: str | Path, model: str | Path | CheckpointSource, name: str | None = None
+) -> Iterator[Comparison]:
     """Check all files of an engine directory, then compare its stages with the checkpoint it was built from.
 
     Args:
         path: an engine directory, or a folder that holds one.
-        model: the checkpoint.
+        model: the checkpoint, as `export_engine` takes it.
         name: which engine of the folder.
 
     Raises:
@@ -108,7 +110,9 @@ def verify_engine(path: str | Path, model: str | Path, name: str | None = None) 
     check_files(manifest, directory, full=True)
     checkpoint = Checkpoint(model)
     if json.loads(json.dumps(checkpoint.config.to_dict())) != manifest.model:  # as JSON knows it: no tuples
-        raise EngineError(f"{directory} was built from {manifest.source_id}, a model of other sizes than {model}")
+        raise EngineError(
+            f"{directory} was built from {manifest.source_id}, a model of other sizes than {checkpoint.source.model}"
+        )
     return compare_engine(directory, manifest, checkpoint)
 
 

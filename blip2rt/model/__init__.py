@@ -3,5 +3,6 @@
 from .blip2 import Blip2
 from .checkpoint import Checkpoint, load_blip2
 from .config import Blip2Config
+from .sources import CheckpointSource
 
-__all__ = ["Blip2", "Blip2Config", "Checkpoint", "load_blip2"]
+__all__ = ["Blip2", "Blip2Config", "Checkpoint", "CheckpointSource", "load_blip2"]

@@ -1,155 +1,83 @@
-"""Checkpoints of BLIP-2: found, checked strictly, and read one tensor at a time.
+"""Checkpoints of BLIP-2 in every format: found, checked strictly, and read one tensor at a time.
 
-All foreign weight names live in the tables below. A checkpoint must hold exactly the tensors of its model: unused,
-missing and misshaped ones are listed in one error. Reading never maps more of a file than a few tensors, so a model
-larger than the memory can be exported.
+A checkpoint must hold exactly the tensors of its model: unused, missing and misshaped ones are listed in one error.
+Reading never maps more of a file than a few tensors, so a model larger than the memory can be exported. What foreign
+formats call a tensor is in `names.py`, what tells them apart in `formats.py`.
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Iterable
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from .blip2 import Blip2
-from .config import Blip2Config, T5Config, TextConfig
-from .weight_files import WeightFile, open_weight_files, read_json
+from .config import Blip2Config, T5Config, VisionConfig
+from .formats import NORM_EPS
+from .names import LAVIS, TIED_HEAD, TOKEN_EMBEDDINGS, TRANSFORMERS, VISION_PREFIXES, Names, NoPlaceError
+from .sources import CheckpointSource, open_source
 
-# Ours -> transformers'. Modules stand for their weight and bias; several names are joined along the first axis.
-TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
-    "vision.embedding.class_token": "vision_model.embeddings.class_embedding",
-    "vision.embedding.position": "vision_model.embeddings.position_embedding",
-    "vision.embedding.patch": "vision_model.embeddings.patch_embedding",
-    "vision.blocks.{}.norm1": "vision_model.encoder.layers.{}.layer_norm1",
-    "vision.blocks.{}.qkv": "vision_model.encoder.layers.{}.self_attn.qkv",
-    "vision.blocks.{}.proj": "vision_model.encoder.layers.{}.self_attn.projection",
-    "vision.blocks.{}.norm2": "vision_model.encoder.layers.{}.layer_norm2",
-    "vision.blocks.{}.fc1": "vision_model.encoder.layers.{}.mlp.fc1",
-    "vision.blocks.{}.fc2": "vision_model.encoder.layers.{}.mlp.fc2",
-    "vision.norm": "vision_model.post_layernorm",
-    "qformer.embedding.query_tokens": "query_tokens",
-    "qformer.embedding.norm": "qformer.layernorm",
-    "qformer.blocks.{}.self_attention.qkv": (
-        "qformer.encoder.layer.{}.attention.attention.query",
-        "qformer.encoder.layer.{}.attention.attention.key",
-        "qformer.encoder.layer.{}.attention.attention.value",
-    ),
-    "qformer.blocks.{}.self_attention.proj": "qformer.encoder.layer.{}.attention.output.dense",
-    "qformer.blocks.{}.self_attention.norm": "qformer.encoder.layer.{}.attention.output.LayerNorm",
-    "qformer.blocks.{}.cross_attention.query": "qformer.encoder.layer.{}.crossattention.attention.query",
-    "qformer.blocks.{}.cross_attention.kv": (
-        "qformer.encoder.layer.{}.crossattention.attention.key",
-        "qformer.encoder.layer.{}.crossattention.attention.value",
-    ),
-    "qformer.blocks.{}.cross_attention.proj": "qformer.encoder.layer.{}.crossattention.output.dense",
-    "qformer.blocks.{}.cross_attention.norm": "qformer.encoder.layer.{}.crossattention.output.LayerNorm",
-    "qformer.blocks.{}.query_ffn.fc1": "qformer.encoder.layer.{}.intermediate_query.dense",
-    "qformer.blocks.{}.query_ffn.fc2": "qformer.encoder.layer.{}.output_query.dense",
-    "qformer.blocks.{}.query_ffn.norm": "qformer.encoder.layer.{}.output_query.LayerNorm",
-    "qformer.projection": "language_projection",
-}
-OPT_NAMES: dict[str, str | tuple[str, ...]] = {
-    "decoder.embedding.token": "language_model.model.decoder.embed_tokens",
-    "decoder.embedding.position": "language_model.model.decoder.embed_positions",
-    "decoder.blocks.{}.norm1": "language_model.model.decoder.layers.{}.self_attn_layer_norm",
-    "decoder.blocks.{}.qkv": (
-        "language_model.model.decoder.layers.{}.self_attn.q_proj",
-        "language_model.model.decoder.layers.{}.self_attn.k_proj",
-        "language_model.model.decoder.layers.{}.self_attn.v_proj",
-    ),
-    "decoder.blocks.{}.proj": "language_model.model.decoder.layers.{}.self_attn.out_proj",
-    "decoder.blocks.{}.norm2": "language_model.model.decoder.layers.{}.final_layer_norm",
-    "decoder.blocks.{}.fc1": "language_model.model.decoder.layers.{}.fc1",
-    "decoder.blocks.{}.fc2": "language_model.model.decoder.layers.{}.fc2",
-    "decoder.head.norm": "language_model.model.decoder.final_layer_norm",
-    "decoder.head.lm_head": "language_model.lm_head",
-}
-T5_NAMES: dict[str, str | tuple[str, ...]] = {
-    "encoder.embedding.token": "language_model.shared",
-    "encoder.relative_bias.bucket": "language_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-    "encoder.blocks.{}.norm": "language_model.encoder.block.{}.layer.0.layer_norm",
-    "encoder.blocks.{}.qkv": (
-        "language_model.encoder.block.{}.layer.0.SelfAttention.q",
-        "language_model.encoder.block.{}.layer.0.SelfAttention.k",
-        "language_model.encoder.block.{}.layer.0.SelfAttention.v",
-    ),
-    "encoder.blocks.{}.proj": "language_model.encoder.block.{}.layer.0.SelfAttention.o",
-    "encoder.blocks.{}.ffn.norm": "language_model.encoder.block.{}.layer.1.layer_norm",
-    "encoder.blocks.{}.ffn.gate": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_0",
-    "encoder.blocks.{}.ffn.fc1": "language_model.encoder.block.{}.layer.1.DenseReluDense.wi_1",
-    "encoder.blocks.{}.ffn.fc2": "language_model.encoder.block.{}.layer.1.DenseReluDense.wo",
-    "encoder.norm": "language_model.encoder.final_layer_norm",
-    "encoder.cross.{}.kv": (
-        "language_model.decoder.block.{}.layer.1.EncDecAttention.k",
-        "language_model.decoder.block.{}.layer.1.EncDecAttention.v",
-    ),
-    "decoder.embedding.token": "language_model.shared",
-    "decoder.relative_bias.bucket": "language_model.decoder.block.0.layer.0.SelfAttention.relative_attention_bias",
-    "decoder.blocks.{}.norm1": "language_model.decoder.block.{}.layer.0.layer_norm",
-    "decoder.blocks.{}.qkv": (
-        "language_model.decoder.block.{}.layer.0.SelfAttention.q",
-        "language_model.decoder.block.{}.layer.0.SelfAttention.k",
-        "language_model.decoder.block.{}.layer.0.SelfAttention.v",
-    ),
-    "decoder.blocks.{}.proj": "language_model.decoder.block.{}.layer.0.SelfAttention.o",
-    "decoder.blocks.{}.norm2": "language_model.decoder.block.{}.layer.1.layer_norm",
-    "decoder.blocks.{}.cross_query": "language_model.decoder.block.{}.layer.1.EncDecAttention.q",
-    "decoder.blocks.{}.cross_proj": "language_model.decoder.block.{}.layer.1.EncDecAttention.o",
-    "decoder.blocks.{}.ffn.norm": "language_model.decoder.block.{}.layer.2.layer_norm",
-    "decoder.blocks.{}.ffn.gate": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_0",
-    "decoder.blocks.{}.ffn.fc1": "language_model.decoder.block.{}.layer.2.DenseReluDense.wi_1",
-    "decoder.blocks.{}.ffn.fc2": "language_model.decoder.block.{}.layer.2.DenseReluDense.wo",
-    "decoder.head.norm": "language_model.decoder.final_layer_norm",
-    "decoder.head.lm_head": "language_model.lm_head",
-}
-TIED_HEAD = "language_model.lm_head.weight"
-T5_COPIES = ("language_model.encoder.embed_tokens.weight", "language_model.decoder.embed_tokens.weight")  # of `shared`
-
-
-def transformers_names(parameter: str, text: TextConfig) -> tuple[str, ...]:
-    """The tensors of a transformers checkpoint with this language model whose join is our parameter of this name."""
-    table = TRANSFORMERS_NAMES | (T5_NAMES if isinstance(text, T5Config) else OPT_NAMES)
-    indices = re.findall(r"\.(\d+)\.", parameter)
-    template = re.sub(r"\.\d+\.", ".{}.", parameter)
-    module, _, leaf = template.rpartition(".")
-    names, suffix = (table[template], "") if template in table else (table[module], "." + leaf)
-    if isinstance(text, T5Config) and not text.is_gated_act and isinstance(names, str):
-        names = names.replace(".wi_1", ".wi")
-    return tuple(name.format(*indices) + suffix for name in ((names,) if isinstance(names, str) else names))
+POSITION = "vision.embedding.position"
+# In an image encoder's own file: what belongs to its pretraining, and no BLIP-2 uses.
+PRETRAINING_PARTS = ("norm.", "fc_norm.", "head.", "lm_head.", "mask_token", "ln_post.", "proj")
 
 
 class Checkpoint:
-    """A transformers BLIP-2 checkpoint on disk whose names and shapes have been checked; no weights in memory.
+    """A BLIP-2 checkpoint on disk whose names and shapes have been checked; no weights in memory.
 
     Attributes:
-        config: sizes of the model; `text.tie_word_embeddings` says what the file holds, as transformers loads it.
-        source_id: what the caller named: a hub id or the directory's name.
-        directory: where config.json and the tokenizer lie.
+        source: what the caller named.
+        config: sizes of the model as it is used; `text.tie_word_embeddings` says what the file holds.
+        config_json: the `Blip2Config` that it was read from, as JSON.
+        names: what its format calls our parameters.
+        directory: where its processor and, unless the caller names another, its tokenizer lie; None: nowhere.
+        name, source_id: its name as that of a folder; its hub id, or the name of its directory or file.
+        left_out: stored tensors that the model does not use on purpose: blocks behind the last one that counts, and
+            what an image encoder's own file holds of its pretraining.
     """
 
-    def __init__(self, source: str | Path):
+    def __init__(self, source: str | Path | CheckpointSource, *, all_blocks: bool = False):
         """Find and check a checkpoint.
 
         Args:
-            source: a directory as `save_pretrained` writes it (safetensors or `.bin`, single or sharded), or a hub id.
+            source: a transformers directory or hub id; or all there is to say.
+            all_blocks: have all stored blocks of the image encoder, also those that the format's own code leaves out.
 
         Raises:
-            CheckpointError: not found, damaged, not BLIP-2 with OPT or T5, or not exactly the tensors of its model.
+            CheckpointError: not found, damaged, of no known format, lacking a part, not BLIP-2 with OPT or T5, or not
+                exactly the tensors of its model.
+            InputError: an option that does not fit the checkpoint.
         """
-        self.directory = find_directory(source)
-        self.source_id = str(source) if not Path(source).exists() else self.directory.name
-        self._files: list[WeightFile] = open_weight_files(self.directory)
-        self._where = {key: file for file in self._files for key in file.shapes}
-        config = Blip2Config.from_transformers(read_json(self.directory / "config.json"))
-        self.config = replace(config, text=replace(config.text, tie_word_embeddings=self._is_tied(config)))
+        self.source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
+        opened = open_source(self.source)
+        self.directory, self.name, self.source_id = opened.directory, opened.name, opened.source_id
+        self.config_json, self._tensors, self._contents = opened.config_json, opened.tensors, opened.contents
+        self._label = str(self.source.model if opened.contents.format != TRANSFORMERS else opened.directory)
+        if opened.contents.is_retrieval:
+            raise CheckpointError(
+                f"{self._label} is a checkpoint of stage 1, a retrieval model without a language model, and blip2rt "
+                "exports models that generate text: pass one of stage 2 to --model"
+            )
+        self._check_language_model(opened.llm_json)
+        self._stored = self._read_config()
+        self._check_language_sizes(opened.llm_json)
+        self.config = replace(self._stored, vision=self._vision_as_used(all_blocks))
+        if not self._is_tied():
+            self.config = replace(self.config, text=replace(self.config.text, tie_word_embeddings=False))
+        text, pre_norm = self.config.text, self.config.vision.pre_norm
+        is_gated = not isinstance(text, T5Config) or text.is_gated_act
+        self.names = Names(opened.contents.format, text.model_type, pre_norm, is_gated)
         with torch.device("meta"):
             self._shapes = {name: tuple(p.shape) for name, p in Blip2(self.config).named_parameters()}
-        self._check_keys()
+        self.left_out: list[str] = []
+        self._check_tensors()
 
     def parameter(self, name: str) -> Tensor:
         """Our parameter `name` in float32, joined from the stored tensors.
@@ -157,8 +85,14 @@ class Checkpoint:
         Raises:
             CheckpointError: a value is NaN or infinite, or the file cannot be read.
         """
-        parts = [self._read(key) for key in transformers_names(name, self.config.text)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        keys = self.names(name)
+        stored = {key: self._read(key) for key in keys if key is not None}
+        zeros = torch.zeros_like(next(iter(stored.values())))  # for what is not stored; all parts have one shape
+        parts = [zeros if key is None else stored[key] for key in keys]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if name == POSITION:
+            tensor = resize_position(tensor.flatten(0, -2), self.config.vision)
+        return tensor.reshape(self._shapes[name])
 
     def load(self, module: nn.Module, prefix: str) -> nn.Module:
         """Give `module` (built on the meta device) the parameters that are named `prefix.*`; float32, eval mode."""
@@ -166,12 +100,16 @@ class Checkpoint:
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
+    def parameter_names(self) -> list[str]:
+        """Our names of all parameters."""
+        return list(self._shapes)
+
     def count_parameters(self) -> dict[str, int]:
         """Parameters of each stage; what several stages or layers share counts once."""
         counts: dict[str, int] = {}
-        counted: set[str] = set()
+        counted: set[str | None] = set()
         for name, shape in self._shapes.items():
-            stage, keys = name.partition(".")[0], transformers_names(name, self.config.text)
+            stage, keys = name.partition(".")[0], self.names(name)
             counts[stage] = counts.get(stage, 0) + (0 if counted.issuperset(keys) else torch.Size(shape).numel())
             counted.update(keys)
         return counts
@@ -179,66 +117,172 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash over the weight files in order of their names."""
         digest = hashlib.sha256()
-        for file in sorted(self._files, key=lambda file: file.path.name):
+        for file in sorted(self._tensors.files, key=lambda file: file.path.name):
             with file.path.open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
         return digest.hexdigest()
 
     def _read(self, key: str) -> Tensor:
-        tensor = self._where[key].read(key).to(torch.float32)
+        tensor = self._tensors.read(key).to(torch.float32)
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{self._where[key].path.name}: {key} holds NaN or infinite values; take an undamaged checkpoint "
+                f"{self._tensors.place(key)} holds NaN or infinite values; take an undamaged checkpoint "
                 "(fp16 copies overflow: try the original precision)"
             )
         return tensor
 
-    def _is_tied(self, config: Blip2Config) -> bool:
+    def _read_config(self) -> Blip2Config:
+        """The configuration as the file has it, with what the format's own code fixes."""
+        try:
+            config = Blip2Config.from_transformers(self.config_json)
+        except CheckpointError as error:
+            if self.source.config is None:
+                raise
+            raise CheckpointError(f"--config {self.source.config}: {error}") from None
+        format, vision = self._contents.format, config.vision
+        is_clip = f"{VISION_PREFIXES[LAVIS]}class_embedding" in self._tensors.shapes
+        if vision.pre_norm != is_clip:
+            kinds = ("EVA's ViT-g", "CLIP's ViT-L (pre_norm)")
+            raise CheckpointError(
+                f"{self._label} holds {kinds[is_clip]} and its configuration is of {kinds[vision.pre_norm]}: "
+                "pass the --config of the same, such as blip2-opt-2.7b or blip2-opt-2.7b-vitl"
+            )
+        return replace(config, vision=replace(vision, norm_eps=NORM_EPS.get(format, vision.norm_eps)))
+
+    def _language_model(self) -> str:
+        text = self.config_json.get("text_config")
+        return str(text.get("model_type", "opt")) if isinstance(text, Mapping) else "opt"
+
+    def _check_language_model(self, llm: Mapping[str, Any]) -> None:
+        """The file, the configuration and the language model that was saved apart speak of the same kind."""
+        kind = self._language_model()
+        said = {self._label: self._contents.language_model, f"--llm {self.source.llm}": llm.get("model_type")}
+        for where, other in said.items():
+            if other not in (None, kind):
+                raise CheckpointError(
+                    f"{where} is of a language model {other!r}, --config {self.source.config} of {kind!r}: "
+                    "pass a configuration and a language model that belong to the checkpoint"
+                )
+
+    def _check_language_sizes(self, llm: Mapping[str, Any]) -> None:
+        """The language model that was saved apart has the sizes of the configuration."""
+        text = self._stored.text
+        differing = [
+            f"{field.name} {llm[field.name]} (--config: {getattr(text, field.name)})"
+            for field in fields(text)
+            if type(llm.get(field.name)) is int
+            and not field.name.endswith("_token_id")
+            and llm[field.name] != getattr(text, field.name)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"--llm {self.source.llm} is of other sizes than --config {self.source.config}: " + ", ".join(differing)
+            )
+
+    def _vision_as_used(self, all_blocks: bool) -> VisionConfig:
+        """The image encoder with the blocks that count, at the size of the pictures."""
+        vision, source = self._stored.vision, self.source
+        stored = vision.num_hidden_layers
+        layers = source.vision_layers
+        if layers is None:
+            layers = stored if all_blocks else stored - self._contents.unused_blocks
+        if type(layers) is not int or not 1 <= layers <= stored:
+            raise InputError(f"--vision-layers {layers}: the image encoder has {stored} blocks, so 1 to {stored}")
+        size = vision.image_size if source.image_size is None else source.image_size
+        if type(size) is not int or size < vision.patch_size:
+            raise InputError(f"--image-size {size}: a picture is at least one patch of {vision.patch_size} pixels")
+        return replace(vision, num_hidden_layers=layers, image_size=size)
+
+    def _is_tied(self) -> bool:
         """Whether the output layer is the token embedding. transformers unties them where a file holds two."""
-        embedding = transformers_names("decoder.embedding.token.weight", config.text)[0]
-        if not config.text.tie_word_embeddings or not {TIED_HEAD, embedding} <= self._where.keys():
-            return config.text.tie_word_embeddings
-        return self._equal(TIED_HEAD, embedding)
+        shapes, text = self._tensors.shapes, self._stored.text
+        token_embedding = TOKEN_EMBEDDINGS[text.model_type]
+        stored = TIED_HEAD in shapes and token_embedding in shapes
+        # T5's configurations say nothing about it, whatever the format: the file decides
+        is_told = self._contents.format != TRANSFORMERS and not isinstance(text, T5Config)
+        if not text.tie_word_embeddings or not stored or is_told:
+            return text.tie_word_embeddings
+        head, embedding = self._tensors.read(TIED_HEAD), self._tensors.read(token_embedding)
+        return head.shape == embedding.shape and torch.equal(head, embedding)
 
-    def _equal(self, key: str, other: str) -> bool:
-        """Whether two stored tensors are the same, shapes first."""
-        same_shape = self._where[key].shapes[key] == self._where[other].shapes[other]
-        return same_shape and torch.equal(self._where[key].read(key), self._where[other].read(other))
+    def _check_tensors(self) -> None:
+        """Every stored tensor is used or left out on purpose, every parameter is stored, every shape fits.
 
-    def _check_keys(self) -> None:
-        """Every stored tensor is used, every parameter is stored, every shape fits: or one error that lists all."""
-        missing, misshaped, used = [], [], set()
+        Or one error that lists all that is wrong.
+        """
+        shapes, missing, misshaped, used = self._tensors.shapes, [], [], set()
         for name, shape in self._shapes.items():
-            keys = transformers_names(name, self.config.text)
+            keys = self._names_of(name)
             expected = (shape[0] // len(keys), *shape[1:])
-            for key in keys:
+            for key in filter(None, keys):
                 used.add(key)
-                if key not in self._where:
-                    missing.append(key)
-                elif self._where[key].shapes[key] != expected:
-                    misshaped.append(
-                        f"{key} is {list(self._where[key].shapes[key])}, config.json wants {list(expected)}"
-                    )
-        if self.config.text.tie_word_embeddings:
-            used.add(TIED_HEAD)
-        if isinstance(self.config.text, T5Config):
-            shared = transformers_names("decoder.embedding.token.weight", self.config.text)[0]
-            used.update(key for key in T5_COPIES if {key, shared} <= self._where.keys() and self._equal(key, shared))
+                if key not in shapes:
+                    missing.append(self.names.stored_as(key))
+                elif name == POSITION:
+                    misshaped += self._position_problem(key)
+                elif _without_ones(shapes[key]) != _without_ones(expected):
+                    misshaped.append(f"{self.names.stored_as(key)} is {list(shapes[key])}, not {list(expected)}")
+        originals = self.names.copies
+        copies = {key for key in originals if key in shapes and originals[key] in shapes and key not in used}
+        used |= copies
         # position_ids are buffers 0, 1, 2, ... that old versions of transformers saved
-        unused = [key for key in self._where if key not in used and not key.endswith(".position_ids")]
+        unused = [key for key in shapes if key not in used and not key.endswith(".position_ids")]
+        self.left_out = [key for key in unused if self._is_left_out(key)]
+        unused = [self.names.stored_as(key) for key in unused if key not in self.left_out]
         problems = [
             f"{len(keys)} {what}: {_listed(sorted(keys))}"
             for what, keys in (("missing", missing), ("unused", unused), ("misshaped", misshaped))
             if keys
         ]
         if problems:
-            raise CheckpointError(
-                f"{self.directory} does not hold the model of its config.json; tensors " + "; ".join(problems)
-            )
+            config = f"--config {self.source.config}" if self.source.config else "its config.json"
+            raise CheckpointError(f"{self._label} does not hold the model of {config}; tensors " + "; ".join(problems))
+        self._check_copies(copies)
+
+    def _names_of(self, parameter: str) -> tuple[str | None, ...]:
+        try:
+            return self.names(parameter)
+        except NoPlaceError:
+            raise CheckpointError(f"{self._label}: {self._contents.format}'s format has no {parameter}") from None
+
+    def _position_problem(self, key: str) -> list[str]:
+        """What is wrong with the position embeddings, unless they fit or `--image-size` asks to interpolate them."""
+        vision, shape = self.config.vision, self._tensors.shapes[key]
+        rows, width = _without_ones(shape)[-2:] if len(_without_ones(shape)) > 1 else (0, 0)
+        side = math.isqrt(max(rows - 1, 0))
+        if width != vision.hidden_size or side < 1 or side**2 + 1 != rows:
+            return [f"{key} is {list(shape)}, not {[1, vision.num_tokens, vision.hidden_size]}"]
+        if rows == vision.num_tokens or self.source.image_size is not None:
+            return []
+        size = side * vision.patch_size
+        return [
+            f"{key} is {list(shape)}, which is {size} px, and the configuration says {vision.image_size} px: pass "
+            f"--image-size {size}, or --image-size {vision.image_size} to interpolate it"
+        ]
+
+    def _check_copies(self, copies: Iterable[str]) -> None:
+        """What the files hold twice, tied to another tensor or in two files, is the same both times."""
+        tensors = self._tensors
+        pairs = [(key, tensors.read(key), self.names.copies[key]) for key in copies]
+        pairs += [(name, file.read(stored), name) for name, file, stored in tensors.doubles]
+        for copy, tensor, original in pairs:
+            if not _same(tensor, tensors.read(original)):
+                raise CheckpointError(
+                    f"{self._label}: {self.names.stored_as(copy)} is a copy of {tensors.place(original)}, but they "
+                    "differ: the parts are of different models"
+                )
+
+    def _is_left_out(self, key: str) -> bool:
+        """Whether a tensor is of a block that does not count, or what an encoder's own file has of its pretraining."""
+        prefix, blocks = VISION_PREFIXES[self._contents.format], self._stored.vision.num_hidden_layers
+        number = re.search(r"\.(\d+)\.", key)
+        if number and re.sub(r"\.\d+\.", ".{}.", key, count=1) in self.names.block_tensors():
+            return self.source.vision is not None or int(number[1]) < blocks
+        return self.source.vision is not None and key.removeprefix(prefix).startswith(PRETRAINING_PARTS)
 
 
-def load_blip2(source: str | Path) -> Blip2:
+def load_blip2(source: str | Path | CheckpointSource) -> Blip2:
     """The reference model with the weights of a checkpoint, float32, eval mode."""
     checkpoint = Checkpoint(source)
     with torch.device("meta"):
@@ -248,42 +292,28 @@ def load_blip2(source: str | Path) -> Blip2:
     return model.eval()
 
 
-def find_directory(source: str | Path) -> Path:
-    """The directory of a checkpoint; a hub id is fetched into the hub's own cache.
+def resize_position(position: Tensor, vision: VisionConfig) -> Tensor:
+    """Position embeddings [N+1, Dv] of another picture size, interpolated; the class token's stays.
 
-    Raises:
-        CheckpointError: neither a directory nor an id that the hub can serve from here.
+    Bicubic, as LAVIS's `interpolate_pos_embed` does it for each of its two encoders.
     """
-    path = Path(source)
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; pass the directory that holds config.json and the weights to --model")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise CheckpointError(f"no such directory: {source} (a hub id looks like 'Salesforce/blip2-opt-2.7b')")
-    try:
-        return _fetch(str(source))
-    except Exception as error:  # the hub's client raises a dozen unrelated types: no network, no such id, no rights
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{source!r} is no local directory and could not be fetched from the hub ({reason}); "
-            "pass the path of a downloaded checkpoint"
-        ) from error
+    side, target = math.isqrt(len(position) - 1), vision.image_size // vision.patch_size
+    if side == target:
+        return position
+    grid = position[1:].unflatten(0, (side, side)).permute(2, 0, 1)[None]  # [1, Dv, side, side]
+    grid = F.interpolate(grid, (target, target), mode="bicubic", align_corners=vision.pre_norm)
+    return torch.cat((position[:1], grid[0].flatten(1).t()))  # [N+1, Dv]
 
 
-def _fetch(hub_id: str) -> Path:
-    """The snapshot of a hub id in the hub's cache: fetched, or, where the hub does not answer, what is there."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal, or one is the other's rounding to a shorter type."""
+    return a.shape == b.shape and (torch.equal(a.to(b.dtype), b) or torch.equal(a, b.to(a.dtype)))
 
-    try:  # first, because snapshot_download waits for ever for a hub that takes the call and says nothing
-        siblings = HfApi().model_info(hub_id, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or []
-    except Exception:
-        with suppress(Exception):
-            return Path(snapshot_download(hub_id, local_files_only=True))
-        raise
-    is_safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
-    weights = "*.safetensors" if is_safe else "*.bin"  # many repositories hold the same weights twice
-    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", weights]))
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """CLIP stores [D] what is [1, 1, D] here."""
+    first = next((i for i, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]
 
 
 def _listed(items: Iterable[str], most: int = 20) -> str:

@@ -23,6 +23,12 @@ class VisionConfig:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
+    norm_eps: float = None  # type: ignore[assignment]  # of the norm after the last block; None: layer_norm_eps
+    pre_norm: bool = False  # CLIP's ViT-L: a norm before the first block, patches without a bias; not in transformers
+
+    def __post_init__(self) -> None:
+        if self.norm_eps is None:
+            object.__setattr__(self, "norm_eps", self.layer_norm_eps)
 
     @property
     def num_tokens(self) -> int:

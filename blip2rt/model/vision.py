@@ -1,4 +1,4 @@
-"""EVA ViT: pixel_values [B, 3, S, S] -> image_embeds [B, N+1, Dv], after the vision norm."""
+"""EVA ViT-g or CLIP's ViT-L: pixel_values [B, 3, S, S] -> image_embeds [B, N+1, Dv], after the vision norm."""
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,16 @@ class VisionEmbedding(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.patch = nn.Conv2d(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position = nn.Parameter(torch.zeros(1, config.num_tokens, config.hidden_size))
+        width, patch = config.hidden_size, config.patch_size
+        self.patch = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=not config.pre_norm)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps) if config.pre_norm else nn.Identity()
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         patches = self.patch(pixel_values).flatten(2).transpose(1, 2)  # [B, N, Dv]
         class_token = self.class_token.expand(patches.shape[0], -1, -1)
-        return torch.cat((class_token, patches), dim=1) + self.position  # [B, N+1, Dv]
+        return self.norm(torch.cat((class_token, patches), dim=1) + self.position)  # [B, N+1, Dv]
 
 
 class VisionEncoder(nn.Module):
@@ -50,7 +52,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.embedding = VisionEmbedding(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         x = self.embedding(pixel_values)

@@ -1,4 +1,4 @@
-"""The weight files of a transformers checkpoint: safetensors or torch's zip of pickles, single or sharded."""
+"""The weight files of a checkpoint: safetensors or torch's zip of pickles, single, sharded, or wrapped by a trainer."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
+WRAPPERS = {"model": "lavis", "state_dict": "mmpretrain"}  # where trainers put the state dict, and whose they are
 REMAP_BYTES = 512 << 20  # a mapped file's pages count as ours: map it anew after reading this much
 
 
@@ -46,10 +47,15 @@ class SafetensorsFile(WeightFile):
 
 
 class TorchFile(WeightFile):
-    """A `.bin` file: tensors only, never code (`weights_only`)."""
+    """A `.bin` or `.pth` file: tensors only, never code (`weights_only`).
 
-    def __init__(self, path: Path):
+    `wrapper` is the key behind which a trainer's checkpoint keeps the state dict; a plain file has none.
+    """
+
+    def __init__(self, path: Path, may_be_wrapped: bool = False):
         self.path = path
+        self.wrapper: str | None = None
+        self._may_be_wrapped = may_be_wrapped
         self._bytes_read = 0
         self._tensors = self._load()
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
@@ -68,10 +74,13 @@ class TorchFile(WeightFile):
         except UnpicklingError as error:  # its message advises to run the code
             raise CheckpointError(
                 f"{self.path} is damaged, or holds code, which blip2rt does not run: "
-                "take the safetensors of this checkpoint, or a .bin of tensors alone"
+                "take the safetensors of this checkpoint, or a .bin or .pth of tensors alone"
             ) from error
         except Exception as error:  # torch.load has no error type of its own: anything from EOFError to RuntimeError
             raise damaged(self.path, error) from error
+        if self._may_be_wrapped and isinstance(content, dict):
+            self.wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+            content = content[self.wrapper] if self.wrapper else content
         if not isinstance(content, dict) or not all(_is_plain(key, value) for key, value in content.items()):
             raise CheckpointError(f"{self.path} does not hold a dictionary of plain tensors: pass a state dict")
         return content
@@ -79,6 +88,30 @@ class TorchFile(WeightFile):
 
 def _is_plain(key: Any, value: Any) -> bool:
     return isinstance(key, str) and isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+def open_weight_file(path: Path) -> SafetensorsFile | TorchFile:
+    """A single file of tensors, told by its content.
+
+    Raises:
+        CheckpointError: neither torch's nor safetensors, damaged, or not what its name says.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    is_safetensors, is_torch = start[8:] == b"{", start[:2] in (b"PK", b"\x80\x02")
+    if path.suffix == ".safetensors" and is_torch:
+        raise CheckpointError(f"{path} is called safetensors and is a torch file: call it what it is, .pth")
+    if is_safetensors:
+        return SafetensorsFile(path)
+    if is_torch:
+        return TorchFile(path, may_be_wrapped=True)
+    raise CheckpointError(
+        f"{path} is a file that is neither torch's nor safetensors (it begins {start!r}): pass a .pth of LAVIS or "
+        "mmpretrain, or the directory of a transformers checkpoint"
+    )
 
 
 def open_weight_files(directory: Path) -> list[WeightFile]:
