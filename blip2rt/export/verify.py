@@ -23,7 +23,7 @@ from ..backends.ort import session_options
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
 from ..manifest import Manifest, Parity
-from ..model import Blip2, Checkpoint
+from ..model import Blip2Config, Checkpoint
 from ..progress import progress
 from ..stages import DECODER, MASKED, QFORMER, VISION, StageSpec
 
@@ -119,12 +119,10 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         manifest: its manifest, finished or not.
         checkpoint: what it was built from.
     """
-    with torch.device("meta"):
-        reference = Blip2(checkpoint.config)
+    reference = checkpoint.build()
     for stage, entry in manifest.stages.items():
         module, signature = reference.get_submodule(stage), entry.signature
-        num_positions = checkpoint.config.text.max_position_embeddings
-        arrays = _decoder_inputs(signature, num_positions) if stage == DECODER else _random_inputs(signature)
+        arrays = _decoder_inputs(signature, checkpoint) if stage == DECODER else _random_inputs(signature)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
         with _engine_errors(directory / entry.file):
@@ -196,8 +194,10 @@ def _random_inputs(signature: StageSpec) -> dict[str, Array]:
     }
 
 
-def _decoder_inputs(signature: StageSpec, num_positions: int) -> dict[str, Array]:
+def _decoder_inputs(signature: StageSpec, checkpoint: Checkpoint) -> dict[str, Array]:
     """A step in the middle of a search: 3 images at different depths, 5 rows each, random ancestors."""
+    assert isinstance(checkpoint.config, Blip2Config)
+    num_positions = checkpoint.config.text.max_position_embeddings
     rng = np.random.default_rng(0)
     sizes = {"B": 3, "S": 5, "C": 23, "R": 2}
     inputs: dict[str, Array] = {}

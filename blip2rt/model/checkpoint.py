@@ -11,14 +11,18 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .blip2 import Blip2
-from .config import Blip2Config
+from .config import Blip2Config, RetrievalConfig
+from .retrieval import Blip2Retrieval, stored_name
 from .weight_files import WeightFile, open_weight_files, read_json
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Ours -> transformers'. Modules stand for their weight and bias; several names are joined along the first axis.
 TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
@@ -51,7 +55,15 @@ TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
     "qformer.blocks.{}.query_ffn.fc1": "qformer.encoder.layer.{}.intermediate_query.dense",
     "qformer.blocks.{}.query_ffn.fc2": "qformer.encoder.layer.{}.output_query.dense",
     "qformer.blocks.{}.query_ffn.norm": "qformer.encoder.layer.{}.output_query.LayerNorm",
+    "qformer.blocks.{}.text_ffn.fc1": "qformer.encoder.layer.{}.intermediate.dense",
+    "qformer.blocks.{}.text_ffn.fc2": "qformer.encoder.layer.{}.output.dense",
+    "qformer.blocks.{}.text_ffn.norm": "qformer.encoder.layer.{}.output.LayerNorm",
+    "qformer.embedding.token": "embeddings.word_embeddings",
+    "qformer.embedding.position": "embeddings.position_embeddings",
     "qformer.projection": "language_projection",
+    "qformer.itc": "vision_projection",
+    "text.itc": "text_projection",
+    "itm.head": "itm_head",
     "decoder.embedding.token": "language_model.model.decoder.embed_tokens",
     "decoder.embedding.position": "language_model.model.decoder.embed_positions",
     "decoder.blocks.{}.norm1": "language_model.model.decoder.layers.{}.self_attn_layer_norm",
@@ -67,11 +79,13 @@ TRANSFORMERS_NAMES: dict[str, str | tuple[str, ...]] = {
     "decoder.head.norm": "language_model.model.decoder.final_layer_norm",
     "decoder.head.lm_head": "language_model.lm_head",
 }
+RETRIEVAL_HEAD = "itm_head.weight"  # no checkpoint with a language model has it
 TIED_HEAD, TOKEN_EMBEDDING = "language_model.lm_head.weight", "language_model.model.decoder.embed_tokens.weight"
 
 
 def transformers_names(parameter: str) -> tuple[str, ...]:
     """The tensors of a transformers checkpoint whose join is our parameter of this name."""
+    parameter = stored_name(parameter)
     indices = re.findall(r"\.(\d+)\.", parameter)
     template = re.sub(r"\.\d+\.", ".{}.", parameter)
     module, _, leaf = template.rpartition(".")
@@ -108,11 +122,21 @@ class Checkpoint:
         self.source_id = str(source) if not Path(source).exists() else self.directory.name
         self._files: list[WeightFile] = open_weight_files(self.directory)
         self._where = {key: file for file in self._files for key in file.shapes}
-        config = Blip2Config.from_transformers(read_json(self.directory / "config.json"))
-        self.config = replace(config, text=replace(config.text, tie_word_embeddings=self._is_tied(config)))
-        with torch.device("meta"):
-            self._shapes = {name: tuple(p.shape) for name, p in Blip2(self.config).named_parameters()}
+        self.config = self._read_config(read_json(self.directory / "config.json"))
+        self._shapes = {name: tuple(p.shape) for name, p in self.build().named_parameters()}
         self._check_keys()
+
+    def build(self) -> Blip2 | Blip2Retrieval:
+        """The reference model of these sizes, on the meta device: without weights."""
+        with torch.device("meta"):
+            return Blip2(self.config) if isinstance(self.config, Blip2Config) else Blip2Retrieval(self.config)
+
+    def _read_config(self, content: dict[str, Any]) -> Blip2Config | RetrievalConfig:
+        """What the weights are decides which model the config describes: old config files do not say it."""
+        if RETRIEVAL_HEAD in self._where:
+            return RetrievalConfig.from_transformers(content)
+        config = Blip2Config.from_transformers(content)
+        return replace(config, text=replace(config.text, tie_word_embeddings=self._is_tied(config)))
 
     def parameter(self, name: str) -> Tensor:
         """Our parameter `name` in float32, joined from the stored tensors.
@@ -124,8 +148,9 @@ class Checkpoint:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def load(self, module: nn.Module, prefix: str) -> nn.Module:
-        """Give `module` (built on the meta device) the parameters that are named `prefix.*`; float32, eval mode."""
-        state = {name: self.parameter(f"{prefix}.{name}") for name, _ in module.named_parameters()}
+        """Give `module` (built on the meta device) the parameters named `prefix.*`, or all; float32, eval mode."""
+        prefix = f"{prefix}." if prefix else ""
+        state = {name: self.parameter(prefix + name) for name, _ in module.named_parameters(remove_duplicate=False)}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -179,7 +204,7 @@ class Checkpoint:
                     misshaped.append(
                         f"{key} is {list(self._where[key].shapes[key])}, config.json wants {list(expected)}"
                     )
-        if self.config.text.tie_word_embeddings:
+        if isinstance(self.config, Blip2Config) and self.config.text.tie_word_embeddings:
             used.add(TIED_HEAD)
         # position_ids are buffers 0, 1, 2, ... that old versions of transformers saved
         unused = [key for key in self._where if key not in used and not key.endswith(".position_ids")]
@@ -195,13 +220,30 @@ class Checkpoint:
 
 
 def load_blip2(source: str | Path) -> Blip2:
-    """The reference model with the weights of a checkpoint, float32, eval mode."""
+    """The reference model with the weights of a checkpoint, float32, eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or is one of a retrieval model.
+    """
+    return _load(source, Blip2, "a retrieval model, without a language model")
+
+
+def load_retrieval(source: str | Path) -> Blip2Retrieval:
+    """The same for a retrieval model.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or is one with a language model.
+    """
+    return _load(source, Blip2Retrieval, "a model with a language model, without retrieval heads")
+
+
+def _load(source: str | Path, kind: type[Model], otherwise: str) -> Model:
     checkpoint = Checkpoint(source)
-    with torch.device("meta"):
-        model = Blip2(checkpoint.config)
-    for stage, module in model.named_children():
-        checkpoint.load(module, stage)
-    return model.eval()
+    model = checkpoint.build()
+    if not isinstance(model, kind):
+        raise CheckpointError(f"{source} is {otherwise}")
+    checkpoint.load(model, "")
+    return model
 
 
 def find_directory(source: str | Path) -> Path:
