@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import Blip2Config, Blip2ForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    PreTrainedTokenizerFast,
+)
 
 from blip2rt import Pipeline
 from blip2rt.export import export_engine
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids as OPT's: <pad> is 1, </s> is BOS and 2
+
+BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 CheckpointMaker = Callable[..., Path]
 
@@ -61,8 +68,58 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
         num_query_tokens=draw.randint(1, 40),
         image_token_index=vocab_size - 1,
     )
-    generator = torch.Generator().manual_seed(seed)
     model = Blip2ForConditionalGeneration(config)
+    randomise(model, seed)
+    model.language_model.tie_weights()
+    model.save_pretrained(directory)
+    write_tokenizer(directory, vocab_size, ends_prompts=model_type == "t5")
+    return directory
+
+
+def make_retrieval_checkpoint(directory: Path, seed: int = 0, **config: Any) -> Path:
+    """A random retrieval model of odd sizes drawn from `seed`; `config` overrides fields of its `Blip2Config`.
+
+    Its tokenizer knows the words w0, w1, ... and puts [CLS] before and [SEP] behind a text, as BERT's does.
+    """
+    draw = random.Random(seed)
+    vocab_size = draw.randint(40, 130)
+    heads = {part: draw.randint(1, 4) for part in ("vision", "qformer")}
+    widths = {part: heads[part] * draw.randint(3, 11) for part in heads}
+    patch = draw.choice([7, 14])
+    model = Blip2ForImageTextRetrieval(
+        Blip2Config(
+            vision_config={
+                "hidden_size": widths["vision"],
+                "intermediate_size": draw.randint(10, 70),
+                "num_hidden_layers": draw.randint(1, 4),
+                "num_attention_heads": heads["vision"],
+                "image_size": patch * draw.randint(1, 6),
+                "patch_size": patch,
+            },
+            qformer_config={
+                "hidden_size": widths["qformer"],
+                "intermediate_size": draw.randint(10, 70),
+                "num_hidden_layers": draw.randint(1, 6),
+                "num_attention_heads": heads["qformer"],
+                "cross_attention_frequency": draw.choice([1, 2, 2, 3]),
+                "vocab_size": vocab_size,
+                "max_position_embeddings": draw.randint(20, 90),
+                "use_qformer_text_input": True,
+            },
+            num_query_tokens=draw.randint(1, 40),
+            image_text_hidden_size=draw.randint(3, 40),
+            **config,
+        )
+    )
+    randomise(model, seed)
+    model.save_pretrained(directory)
+    write_text_tokenizer(directory, vocab_size)
+    return directory
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights large enough that pictures and texts matter."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -70,11 +127,27 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
             parameter.copy_(1 + 0.1 * noise if is_gain else 0.3 * noise)
             if name.endswith((".q.weight", ".k.weight")):  # T5's scores are not scaled: these keep them from saturating
                 parameter.mul_(0.3)
-        model.query_tokens.normal_(generator=generator)
-    model.language_model.tie_weights()
-    model.save_pretrained(directory)
-    write_tokenizer(directory, vocab_size, ends_prompts=model_type == "t5")
-    return directory
+        model.get_parameter("query_tokens").normal_(generator=generator)
+
+
+def write_text_tokenizer(directory: Path, vocab_size: int) -> None:
+    """A word-level tokenizer with BERT's special tokens; the last word is [DEC]."""
+    words = [*BERT_SPECIAL, *(f"w{i}" for i in range(vocab_size - len(BERT_SPECIAL) - 1)), "[DEC]"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens([*BERT_SPECIAL, "[DEC]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="[DEC]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+    )
+    wrapped.save_pretrained(directory)
 
 
 def random_opt(draw: random.Random, width: int, heads: int) -> dict[str, Any]:
@@ -127,6 +200,12 @@ def write_tokenizer(directory: Path, vocab_size: int, ends_prompts: bool = False
 def checkpoint_maker() -> CheckpointMaker:
     """`make_checkpoint`."""
     return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def retrieval_checkpoint_maker() -> CheckpointMaker:
+    """`make_retrieval_checkpoint`."""
+    return make_retrieval_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from transformers import (
 
 from blip2rt import CheckpointError, InputError
 from blip2rt.cli import main
-from blip2rt.model import Blip2, Checkpoint, CheckpointSource, load_blip2
+from blip2rt.model import Blip2, Checkpoint, CheckpointSource, load_blip2, load_retrieval
 from blip2rt.model import Blip2Config as OurConfig
 from blip2rt.model.config import VisionConfig
 from blip2rt.model.named_configs import NAMES, read_config
@@ -426,7 +426,9 @@ def test_stage_1_is_told_from_stage_2(folder: Path, tmp_path: Path) -> None:
     heads = {"itm_head.weight": torch.ones(2, 4), "temp": torch.tensor(0.07)}
     kept = lambda s: [s.pop(name) for name in list(s) if name.startswith("opt_")] and s.update(heads)  # noqa: E731
     stage1 = rewrap(folder / "full.pth", tmp_path / "stage1.pth", kept)
-    assert "checkpoint of stage 1" in refused(CheckpointSource(stage1, "blip2"))
+    assert "does not hold the model of --config blip2" in refused(CheckpointSource(stage1, "blip2"))
+    with pytest.raises(CheckpointError, match="without retrieval heads"):
+        load_retrieval(sources(folder)["full"])
 
 
 def test_language_models_that_do_not_belong(

@@ -29,7 +29,7 @@ RUNTIME_LAYERS = (
 )
 MEETING_POINTS = {"__init__", "stages", "manifest", "engine_directory", "errors", "progress"}  # of runtime and exporter
 EXPORTER = {
-    "model": {"errors"},
+    "model": {"errors", "stages"},
     "export": {"model", *MEETING_POINTS},
 }
 # verify.py runs an engine as the runtime will: with its session options

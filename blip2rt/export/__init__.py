@@ -13,7 +13,7 @@ from .. import __version__
 from ..engine_directory import building, describe_files
 from ..errors import CheckpointError, ExportError, InputError
 from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
-from ..model import Blip2, Checkpoint, CheckpointSource
+from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, T5Config, stop_token_ids
 from ..model.weight_files import read_json
 from ..progress import Progress
@@ -66,6 +66,8 @@ def export_engine(
         raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     checkpoint = Checkpoint(model)
     config = checkpoint.config
+    if not isinstance(config, Blip2Config):
+        raise CheckpointError(f"{model} is a retrieval model: blip2rt exports models with a language model so far")
     if output is None:
         output = Path("engines") / f"{checkpoint.name}-{precision}-{device}"
     try:
@@ -80,8 +82,7 @@ def export_engine(
     with building(output, force=force, needed=4 * sum(parameters.values())) as directory:
         tokens = _token_spec(config)
         write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
-        with torch.device("meta"):
-            reference = Blip2(config)
+        reference = checkpoint.build()
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
         for stage, spec in specs.items():
             module = reference.get_submodule(stage)

@@ -23,7 +23,8 @@ from ..backends.ort import session_options
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
 from ..manifest import Manifest, Parity
-from ..model import Blip2, Blip2Config, Checkpoint, CheckpointSource
+from ..model import Blip2Config, Checkpoint, CheckpointSource
+from ..model.config import ModelConfig
 from ..model.t5 import T5Decoder
 from ..progress import progress
 from ..stages import DECODER, ENCODER, MASKED, QFORMER, VISION, StageSpec
@@ -124,8 +125,7 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         manifest: its manifest, finished or not.
         checkpoint: what it was built from.
     """
-    with torch.device("meta"):
-        reference = Blip2(checkpoint.config)
+    reference = checkpoint.build()
     for stage, entry in manifest.stages.items():
         module, signature = reference.get_submodule(stage), entry.signature
         draw = {DECODER: _decoder_inputs, ENCODER: _encoder_inputs}.get(stage, _random_inputs)
@@ -211,7 +211,7 @@ def _pieces(stage: str, module: torch.nn.Module) -> list[Piece]:
     ]
 
 
-def _random_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
+def _random_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Array]:
     """Normal noise for a batch of 3; graphs are traced with 2."""
     rng = np.random.default_rng(0)
     return {
@@ -222,8 +222,9 @@ def _random_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array
     }
 
 
-def _encoder_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
+def _encoder_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Array]:
     """3 images with prompts of different lengths, right-padded."""
+    assert isinstance(config, Blip2Config)
     rng = np.random.default_rng(0)
     width = int(signature.inputs[0].shape[-1])
     lengths = np.array([9, 4, 7])
@@ -239,8 +240,9 @@ def _encoder_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Arra
     }
 
 
-def _decoder_inputs(signature: StageSpec, config: Blip2Config) -> dict[str, Array]:
+def _decoder_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Array]:
     """A step in the middle of a search: 3 images at different depths, 5 rows each, random ancestors."""
+    assert isinstance(config, Blip2Config)
     rng = np.random.default_rng(0)
     sizes = {"B": 3, "S": 5, "C": 23, "R": 2, "E": 11}
     inputs: dict[str, Array] = {}

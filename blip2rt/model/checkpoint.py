@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,16 @@ from torch.nn import functional as F
 
 from ..errors import CheckpointError, InputError
 from .blip2 import Blip2
-from .config import Blip2Config, T5Config, VisionConfig
+from .config import Blip2Config, ModelConfig, RetrievalConfig, T5Config, TextConfig, VisionConfig
 from .formats import NORM_EPS
 from .names import LAVIS, TIED_HEAD, TOKEN_EMBEDDINGS, TRANSFORMERS, VISION_PREFIXES, Names, NoPlaceError
+from .retrieval import Blip2Retrieval, stored_name
 from .sources import CheckpointSource, open_source
 
+Model = TypeVar("Model", bound=nn.Module)
+
 POSITION = "vision.embedding.position"
+TEMPERATURE = "temp"  # the files that hold it hold all that stage 1 trains
 # In an image encoder's own file: what belongs to its pretraining, and no BLIP-2 uses.
 PRETRAINING_PARTS = ("norm.", "fc_norm.", "head.", "lm_head.", "mask_token", "ln_post.", "proj")
 
@@ -60,24 +64,23 @@ class Checkpoint:
         self.directory, self.name, self.source_id = opened.directory, opened.name, opened.source_id
         self.config_json, self._tensors, self._contents = opened.config_json, opened.tensors, opened.contents
         self._label = str(self.source.model if opened.contents.format != TRANSFORMERS else opened.directory)
-        if opened.contents.is_retrieval:
-            raise CheckpointError(
-                f"{self._label} is a checkpoint of stage 1, a retrieval model without a language model, and blip2rt "
-                "exports models that generate text: pass one of stage 2 to --model"
-            )
-        self._check_language_model(opened.llm_json)
         self._stored = self._read_config()
-        self._check_language_sizes(opened.llm_json)
-        self.config = replace(self._stored, vision=self._vision_as_used(all_blocks))
-        if not self._is_tied():
-            self.config = replace(self.config, text=replace(self.config.text, tie_word_embeddings=False))
-        text, pre_norm = self.config.text, self.config.vision.pre_norm
-        is_gated = not isinstance(text, T5Config) or text.is_gated_act
-        self.names = Names(opened.contents.format, text.model_type, pre_norm, is_gated)
-        with torch.device("meta"):
-            self._shapes = {name: tuple(p.shape) for name, p in Blip2(self.config).named_parameters()}
+        self.config: ModelConfig = replace(self._stored, vision=self._vision_as_used(all_blocks))
+        language_model, is_gated = "opt", True
+        if isinstance(self.config, Blip2Config):
+            self._check_language_model(self.config.text, opened.llm_json)
+            text = replace(self.config.text, tie_word_embeddings=self._is_tied(self.config.text))
+            self.config = replace(self.config, text=text)
+            language_model, is_gated = text.model_type, not isinstance(text, T5Config) or text.is_gated_act
+        self.names = Names(opened.contents.format, language_model, self.config.vision.pre_norm, is_gated)
+        self._shapes = {name: tuple(p.shape) for name, p in self.build().named_parameters()}
         self.left_out: list[str] = []
         self._check_tensors()
+
+    def build(self) -> Blip2 | Blip2Retrieval:
+        """The reference model of these sizes, on the meta device: without weights."""
+        with torch.device("meta"):
+            return Blip2(self.config) if isinstance(self.config, Blip2Config) else Blip2Retrieval(self.config)
 
     def parameter(self, name: str) -> Tensor:
         """Our parameter `name` in float32, joined from the stored tensors.
@@ -85,6 +88,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a value is NaN or infinite, or the file cannot be read.
         """
+        name = stored_name(name)
         keys = self.names(name)
         stored = {key: self._read(key) for key in keys if key is not None}
         zeros = torch.zeros_like(next(iter(stored.values())))  # for what is not stored; all parts have one shape
@@ -95,8 +99,9 @@ class Checkpoint:
         return tensor.reshape(self._shapes[name])
 
     def load(self, module: nn.Module, prefix: str) -> nn.Module:
-        """Give `module` (built on the meta device) the parameters that are named `prefix.*`; float32, eval mode."""
-        state = {name: self.parameter(f"{prefix}.{name}") for name, _ in module.named_parameters()}
+        """Give `module` (built on the meta device) the parameters named `prefix.*`, or all; float32, eval mode."""
+        prefix = f"{prefix}." if prefix else ""
+        state = {name: self.parameter(prefix + name) for name, _ in module.named_parameters(remove_duplicate=False)}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -132,10 +137,12 @@ class Checkpoint:
             )
         return tensor
 
-    def _read_config(self) -> Blip2Config:
+    def _read_config(self) -> ModelConfig:
         """The configuration as the file has it, with what the format's own code fixes."""
+        # the tensors decide which model it describes: a configuration need not say it
+        kind = RetrievalConfig if self._contents.is_retrieval else Blip2Config
         try:
-            config = Blip2Config.from_transformers(self.config_json)
+            config: ModelConfig = kind.from_transformers(self.config_json)
         except CheckpointError as error:
             if self.source.config is None:
                 raise
@@ -148,15 +155,13 @@ class Checkpoint:
                 f"{self._label} holds {kinds[is_clip]} and its configuration is of {kinds[vision.pre_norm]}: "
                 "pass the --config of the same, such as blip2-opt-2.7b or blip2-opt-2.7b-vitl"
             )
+        if isinstance(config, RetrievalConfig):
+            config = replace(config, has_training_parts=TEMPERATURE in self._tensors.shapes)
         return replace(config, vision=replace(vision, norm_eps=NORM_EPS.get(format, vision.norm_eps)))
 
-    def _language_model(self) -> str:
-        text = self.config_json.get("text_config")
-        return str(text.get("model_type", "opt")) if isinstance(text, Mapping) else "opt"
-
-    def _check_language_model(self, llm: Mapping[str, Any]) -> None:
-        """The file, the configuration and the language model that was saved apart speak of the same kind."""
-        kind = self._language_model()
+    def _check_language_model(self, text: TextConfig, llm: Mapping[str, Any]) -> None:
+        """The file, the configuration and the language model that was saved apart speak of the same one."""
+        kind = text.model_type
         said = {self._label: self._contents.language_model, f"--llm {self.source.llm}": llm.get("model_type")}
         for where, other in said.items():
             if other not in (None, kind):
@@ -164,10 +169,6 @@ class Checkpoint:
                     f"{where} is of a language model {other!r}, --config {self.source.config} of {kind!r}: "
                     "pass a configuration and a language model that belong to the checkpoint"
                 )
-
-    def _check_language_sizes(self, llm: Mapping[str, Any]) -> None:
-        """The language model that was saved apart has the sizes of the configuration."""
-        text = self._stored.text
         differing = [
             f"{field.name} {llm[field.name]} (--config: {getattr(text, field.name)})"
             for field in fields(text)
@@ -194,9 +195,9 @@ class Checkpoint:
             raise InputError(f"--image-size {size}: a picture is at least one patch of {vision.patch_size} pixels")
         return replace(vision, num_hidden_layers=layers, image_size=size)
 
-    def _is_tied(self) -> bool:
+    def _is_tied(self, text: TextConfig) -> bool:
         """Whether the output layer is the token embedding. transformers unties them where a file holds two."""
-        shapes, text = self._tensors.shapes, self._stored.text
+        shapes = self._tensors.shapes
         token_embedding = TOKEN_EMBEDDINGS[text.model_type]
         stored = TIED_HEAD in shapes and token_embedding in shapes
         # T5's configurations say nothing about it, whatever the format: the file decides
@@ -214,7 +215,7 @@ class Checkpoint:
         shapes, missing, misshaped, used = self._tensors.shapes, [], [], set()
         for name, shape in self._shapes.items():
             keys = self._names_of(name)
-            expected = (shape[0] // len(keys), *shape[1:])
+            expected = (shape[0] // len(keys), *shape[1:]) if shape else ()
             for key in filter(None, keys):
                 used.add(key)
                 if key not in shapes:
@@ -283,13 +284,30 @@ class Checkpoint:
 
 
 def load_blip2(source: str | Path | CheckpointSource) -> Blip2:
-    """The reference model with the weights of a checkpoint, float32, eval mode."""
+    """The reference model with the weights of a checkpoint, float32, eval mode.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or is one of a retrieval model.
+    """
+    return _load(source, Blip2, "a retrieval model, without a language model")
+
+
+def load_retrieval(source: str | Path | CheckpointSource) -> Blip2Retrieval:
+    """The same for a retrieval model.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used, or is one with a language model.
+    """
+    return _load(source, Blip2Retrieval, "a model with a language model, without retrieval heads")
+
+
+def _load(source: str | Path | CheckpointSource, kind: type[Model], otherwise: str) -> Model:
     checkpoint = Checkpoint(source)
-    with torch.device("meta"):
-        model = Blip2(checkpoint.config)
-    for stage, module in model.named_children():
-        checkpoint.load(module, stage)
-    return model.eval()
+    model = checkpoint.build()
+    if not isinstance(model, kind):
+        raise CheckpointError(f"{checkpoint.source.model} is {otherwise}")
+    checkpoint.load(model, "")
+    return model
 
 
 def resize_position(position: Tensor, vision: VisionConfig) -> Tensor:

@@ -47,6 +47,9 @@ class QFormerConfig:
     cross_attention_frequency: int = 2
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
+    use_qformer_text_input: bool = False  # the branch that reads text: retrieval, and questions in VQA
+    vocab_size: int = 30522
+    max_position_embeddings: int = 512
 
 
 @dataclass(frozen=True)
@@ -143,11 +146,7 @@ class Blip2Config:
             CheckpointError: not a BLIP-2 configuration, a language model that is neither pre-norm OPT nor T5, or a
                 value that the reference model cannot represent. All problems are listed in one message.
         """
-        if config.get("model_type") != "blip-2":
-            raise CheckpointError(
-                f"config.json says model_type {config.get('model_type')!r}, not 'blip-2': this is not a BLIP-2 "
-                "checkpoint; pass the directory of one to --model"
-            )
+        _check_model_type(config)
         text = _section(config, "text_config")
         language_model = text.get("model_type", "opt")
         if language_model not in TEXT_CONFIGS:
@@ -155,10 +154,7 @@ class Blip2Config:
                 f"the language model is {language_model!r}; blip2rt exports BLIP-2 with an OPT or T5 language model: "
                 "pass such a checkpoint to --model"
             )
-        vision = dict(_section(config, "vision_config"))
-        for name in ("image_size", "patch_size"):  # transformers allows [height, width]
-            if isinstance(vision.get(name), (list, tuple)) and len(set(vision[name])) == 1:
-                vision[name] = vision[name][0]
+        vision = _vision_section(config)
         qformer = _section(config, "qformer_config")
 
         problems: list[str] = []
@@ -189,6 +185,66 @@ def _text_config(kind: type[OPTConfig] | type[T5Config], section: Mapping[str, A
     # transformers 5 always writes tied embeddings; the output layer is scaled only where they were meant to be
     scaled = section.get("scale_decoder_outputs", section.get("tie_word_embeddings") is not False)
     return replace(text, scale_decoder_outputs=scaled, tie_word_embeddings=True)
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """The model of stage 1. `has_training_parts`: its file also holds the temperature and the captioning head."""
+
+    vision: VisionConfig = VisionConfig()
+    qformer: QFormerConfig = QFormerConfig(use_qformer_text_input=True, vocab_size=30523)
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    has_training_parts: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict, for the manifest."""
+        return asdict(self)
+
+    @classmethod
+    def from_transformers(cls, config: Mapping[str, Any]) -> "RetrievalConfig":
+        """Read the parsed `config.json` of a transformers `Blip2ForImageTextRetrieval`.
+
+        Raises:
+            CheckpointError: a value that the reference model cannot represent. All problems are listed in one message.
+        """
+        _check_model_type(config)
+        problems: list[str] = []
+        vision, qformer = _vision_section(config), _section(config, "qformer_config")
+        parsed = cls(
+            vision=VisionConfig(**_known_fields(VisionConfig, vision, "vision_config", problems)),
+            qformer=QFormerConfig(**_known_fields(QFormerConfig, qformer, "qformer_config", problems)),
+            num_query_tokens=config.get("num_query_tokens", 32),
+            image_text_hidden_size=config.get("image_text_hidden_size", 256),
+        )
+        if not problems:
+            problems = _part_problems(parsed.vision, parsed.qformer, parsed.num_query_tokens)
+        if type(parsed.image_text_hidden_size) is not int or parsed.image_text_hidden_size < 1:
+            problems.append(f"image_text_hidden_size is {parsed.image_text_hidden_size!r}")
+        if not parsed.qformer.use_qformer_text_input:
+            problems.append("qformer_config.use_qformer_text_input is false, and a retrieval model reads text")
+        if problems:
+            raise CheckpointError("config.json cannot be used: " + "; ".join(problems))
+        return parsed
+
+
+ModelConfig = Blip2Config | RetrievalConfig
+
+
+def _check_model_type(config: Mapping[str, Any]) -> None:
+    if config.get("model_type") != "blip-2":
+        raise CheckpointError(
+            f"config.json says model_type {config.get('model_type')!r}, not 'blip-2': this is not a BLIP-2 "
+            "checkpoint; pass the directory of one to --model"
+        )
+
+
+def _vision_section(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = dict(_section(config, "vision_config"))
+    for name in ("image_size", "patch_size"):  # transformers allows [height, width]
+        if isinstance(vision.get(name), (list, tuple)) and len(set(vision[name])) == 1:
+            vision[name] = vision[name][0]
+    return vision
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -225,35 +281,15 @@ def _known_fields(kind: type, section: Mapping[str, Any], where: str, problems: 
 
 
 def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mapping[str, Any]) -> list[str]:
-    problems = []
-    attending = (("vision_config", config.vision), ("qformer_config", config.qformer), ("text_config", config.text))
-    for where, part in attending:
-        if isinstance(part, T5Config):  # its heads have a width of their own
-            continue
-        if part.hidden_size % part.num_attention_heads:
-            problems.append(
-                f"{where}.hidden_size {part.hidden_size} is not a multiple of num_attention_heads "
-                f"{part.num_attention_heads}"
-            )
-    for where, activation in (
-        ("vision_config.hidden_act", config.vision.hidden_act),
-        ("qformer_config.hidden_act", config.qformer.hidden_act),
-        ("text_config.activation_function", config.text.activation_function)
-        if isinstance(config.text, OPTConfig)
-        else ("text_config.dense_act_fn", config.text.dense_act_fn),
-    ):
-        if activation not in ACTIVATIONS:
-            problems.append(f"{where} is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
-    if config.vision.image_size < config.vision.patch_size:
-        problems.append(
-            f"vision_config.image_size {config.vision.image_size} is smaller than patch_size {config.vision.patch_size}"
-        )
-    if type(config.num_query_tokens) is not int or config.num_query_tokens < 1:
-        problems.append(f"num_query_tokens is {config.num_query_tokens!r}")
+    problems = _part_problems(config.vision, config.qformer, config.num_query_tokens)
+    if isinstance(config.text, T5Config):
+        problems += _activation_problems("text_config.dense_act_fn", config.text.dense_act_fn)
+        problems += _t5_contradictions(config.text)
+    else:
+        problems += _width_problems("text_config", config.text)
+        problems += _activation_problems("text_config.activation_function", config.text.activation_function)
     if config.image_token_id is not None and (type(config.image_token_id) is not int or config.image_token_id < 0):
         problems.append(f"image_token_index is {config.image_token_id!r}")
-    if isinstance(config.text, T5Config):
-        problems += _t5_contradictions(config.text)
     if text.get("do_layer_norm_before", True) is not True:
         problems.append("text_config.do_layer_norm_before is false: post-norm OPT (opt-350m) is not supported")
     if text.get("word_embed_proj_dim") not in (None, config.text.hidden_size):
@@ -291,3 +327,27 @@ def _t5_contradictions(text: T5Config) -> list[str]:
             f"{text.relative_attention_num_buckets // 2} distances that have buckets of their own"
         )
     return problems
+
+
+def _part_problems(vision: VisionConfig, qformer: QFormerConfig, num_query_tokens: Any) -> list[str]:
+    """What contradicts itself in the parts that every BLIP-2 has."""
+    problems = _width_problems("vision_config", vision) + _width_problems("qformer_config", qformer)
+    problems += _activation_problems("vision_config.hidden_act", vision.hidden_act)
+    problems += _activation_problems("qformer_config.hidden_act", qformer.hidden_act)
+    if vision.image_size < vision.patch_size:
+        problems.append(f"vision_config.image_size {vision.image_size} is smaller than patch_size {vision.patch_size}")
+    if type(num_query_tokens) is not int or num_query_tokens < 1:
+        problems.append(f"num_query_tokens is {num_query_tokens!r}")
+    return problems
+
+
+def _width_problems(where: str, part: Any) -> list[str]:
+    if part.hidden_size % part.num_attention_heads == 0:
+        return []
+    return [
+        f"{where}.hidden_size {part.hidden_size} is not a multiple of num_attention_heads {part.num_attention_heads}"
+    ]
+
+
+def _activation_problems(where: str, activation: str) -> list[str]:
+    return [] if activation in ACTIVATIONS else [f"{where} is {activation!r}, not one of {', '.join(ACTIVATIONS)}"]

@@ -1,0 +1,200 @@
+"""The reference model of stage 1: what transformers and LAVIS compute."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import Blip2ForImageTextRetrieval
+
+from blip2rt.errors import CheckpointError
+from blip2rt.model import Blip2, Blip2Config, Blip2Retrieval, load_blip2, load_retrieval
+from blip2rt.model.config import OPTConfig, QFormerConfig, RetrievalConfig, VisionConfig
+from blip2rt.model.retrieval import stored_name
+from blip2rt.stages import MASKED
+
+LAVIS = Path(__file__).parents[2] / "shared" / "fixtures" / "lavis" / "lavis"
+
+
+def text_mask(lengths: list[int]) -> Tensor:
+    """Additive mask [B, 1, 1, L] of texts of these lengths."""
+    hidden = torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+    return torch.where(hidden, MASKED, 0.0).double()[:, None, None]
+
+
+def assert_exact(found: Tensor, expected: Tensor) -> None:
+    """In float64 anything but the same formula shows."""
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_equals_transformers(seed: int, tmp_path: Path, retrieval_checkpoint_maker: Callable[..., Path]) -> None:
+    """Both heads and all embeddings in float64, texts of unequal length in one batch."""
+    directory = retrieval_checkpoint_maker(tmp_path, seed)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float64).eval()
+    ours = load_retrieval(directory).double()
+    config, generator = ours.config, torch.Generator().manual_seed(seed)
+    size, lengths = config.vision.image_size, [5, 2, 9]
+    pictures = torch.randn(3, 3, size, size, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, config.qformer.vocab_size, (3, max(lengths)), generator=generator)
+    mask = text_mask(lengths)
+    attention_mask = (mask[:, 0, 0] == 0).long()
+
+    itc = theirs(pictures, ids, attention_mask)
+    image_embeds = ours.vision(pictures)
+    query_embeds, image_itc = ours.qformer(image_embeds)
+    text_embeds, text_itc = ours.text(ids, mask)
+    assert_exact(image_embeds, itc.vision_model_output.last_hidden_state)
+    assert_exact(image_itc, itc.image_embeds)
+    assert_exact(text_itc, itc.text_embeds)
+    assert_exact(text_embeds, itc.text_model_output.last_hidden_state)
+    assert_exact((image_itc @ text_itc.T).amax(1), itc.logits_per_image)
+    assert query_embeds.shape == (3, config.num_query_tokens, config.qformer.hidden_size)
+
+    itm = theirs(pictures, ids, attention_mask, use_image_text_matching_head=True)
+    queries, logits = ours.itm(image_embeds, ids, mask)
+    assert_exact(logits, itm.logits_per_image)
+    assert_exact(queries, itm.text_model_output.last_hidden_state[:, : config.num_query_tokens])
+
+
+def test_a_checkpoint_is_of_one_kind(
+    tmp_path: Path, tiny_checkpoint: Path, retrieval_checkpoint_maker: Callable[..., Path]
+) -> None:
+    directory = retrieval_checkpoint_maker(tmp_path)
+    with pytest.raises(CheckpointError, match="is a retrieval model"):
+        load_blip2(directory)
+    with pytest.raises(CheckpointError, match="without retrieval heads"):
+        load_retrieval(tiny_checkpoint)
+
+
+def test_stages_share_their_weights(tmp_path: Path, retrieval_checkpoint_maker: Callable[..., Path]) -> None:
+    """One Q-Former, whichever stage it is reached by; names of shared parameters lead to the stored ones."""
+    model = load_retrieval(retrieval_checkpoint_maker(tmp_path))
+    stored = dict(model.named_parameters())
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert stored[stored_name(name)].data_ptr() == parameter.data_ptr()
+
+
+@torch.no_grad()
+def test_qformer_with_a_question() -> None:
+    """The generative Q-Former in the light of a question: as the itm stage, but for the last projection."""
+    qformer = QFormerConfig(12, 20, 3, 2, use_qformer_text_input=True, vocab_size=50, max_position_embeddings=9)
+    vision = VisionConfig(10, 20, 1, 2, 14, 7)
+    torch.manual_seed(0)
+    model = Blip2(Blip2Config(vision, qformer, OPTConfig("opt", 50, 8, 20, 1, 2), num_query_tokens=4)).double()
+    twin = Blip2Retrieval(RetrievalConfig(vision, qformer, num_query_tokens=4)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.5)
+    shared = {n: p for n, p in model.qformer.state_dict().items() if not n.startswith("projection")}
+    assert not twin.qformer.load_state_dict(shared, strict=False).unexpected_keys
+    image_embeds = torch.randn(2, 5, 10, dtype=torch.float64)
+    ids, mask = torch.tensor([[1, 2, 3, 0], [4, 5, 6, 7]]), text_mask([3, 4])
+    queries, prefix = model.qformer(image_embeds, ids, mask)
+    assert_exact(queries, twin.itm(image_embeds, ids, mask)[0])
+    assert_exact(prefix, model.qformer.projection(queries))
+    alone, _ = model.qformer(image_embeds[:1], ids[:1, :3], text_mask([3]))
+    assert_exact(queries[:1], alone)  # padding changes nothing
+    assert (queries - model.qformer(image_embeds)[0]).abs().max() > 0.01  # and the question matters
+
+
+def lavis_model(stored: dict[str, Tensor], num_heads: int) -> Blip2Retrieval:
+    """LAVIS's stage-1 miniature, float32; sizes as its config.json has them."""
+    vision = VisionConfig(40, 88, 3, num_heads, 56, 14)
+    qformer = QFormerConfig(32, 72, 4, num_heads, 2, "gelu", 1e-12, True, 197, 48)
+    model = Blip2Retrieval(RetrievalConfig(vision, qformer, 8, 28, has_training_parts=True))
+    state: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        keys = _lavis_keys(name)
+        parts = [stored[key] if key else torch.zeros_like(stored[keys[0] or ""]) for key in keys]
+        state[name] = torch.cat([part.float() for part in parts]) if len(parts) > 1 else parts[0].float()
+        assert state[name].shape == parameter.shape, name
+    model.load_state_dict({name: state[stored_name(name)] for name in model.state_dict()})
+    model.vision.norm.eps = 1e-5  # LAVIS's ln_vision; checkpoints in its format will bring it along
+    return model.eval()
+
+
+def _lavis_keys(name: str) -> list[str | None]:
+    """LAVIS's names of our parameter; None stands for zeros."""
+    for old, new in {
+        "temperature": "temp", "itg.dense": "Qformer.cls.predictions.transform.dense",
+        "itg.norm": "Qformer.cls.predictions.transform.LayerNorm", "itg.bias": "Qformer.cls.predictions.bias",
+        "text.itc": "text_proj", "qformer.itc": "vision_proj", "itm.head": "itm_head", "vision.norm": "ln_vision",
+        "vision.embedding.class_token": "visual_encoder.cls_token",
+        "vision.embedding.position": "visual_encoder.pos_embed",
+        "vision.embedding.patch": "visual_encoder.patch_embed.proj",
+        "vision.blocks": "visual_encoder.blocks", "qformer.embedding.query_tokens": "query_tokens",
+        "qformer.embedding.norm": "Qformer.bert.embeddings.LayerNorm",
+        "qformer.embedding.token": "Qformer.bert.embeddings.word_embeddings",
+        "qformer.embedding.position": "Qformer.bert.embeddings.position_embeddings",
+        "qformer.blocks": "Qformer.bert.encoder.layer",
+        ".self_attention.qkv": ".attention.self.{query,key,value}",
+        ".self_attention.proj": ".attention.output.dense", ".self_attention.norm": ".attention.output.LayerNorm",
+        ".cross_attention.query": ".crossattention.self.query",
+        ".cross_attention.kv": ".crossattention.self.{key,value}",
+        ".cross_attention.proj": ".crossattention.output.dense",
+        ".cross_attention.norm": ".crossattention.output.LayerNorm",
+        ".query_ffn.fc1": ".intermediate_query.dense", ".query_ffn.fc2": ".output_query.dense",
+        ".query_ffn.norm": ".output_query.LayerNorm", ".text_ffn.fc1": ".intermediate.dense",
+        ".text_ffn.fc2": ".output.dense", ".text_ffn.norm": ".output.LayerNorm",
+    }.items():  # fmt: skip
+        name = name.replace(old, new)
+    if name.startswith("visual_encoder.blocks"):
+        name = name.replace(".qkv", ".attn.qkv").replace(".proj", ".attn.proj").replace(".fc", ".mlp.fc")
+        if name.endswith(".qkv.bias"):
+            stem = name.removesuffix("qkv.bias")
+            return [stem + "q_bias", None, stem + "v_bias"]
+    if "{" in name:
+        head, _, rest = name.partition("{")
+        choices, _, tail = rest.partition("}")
+        return [head + choice + tail for choice in choices.split(",")]
+    return [name]
+
+
+@torch.no_grad()
+def test_equals_lavis() -> None:
+    """Every recorded output of LAVIS's stage 1, the captioning head included."""
+    if not LAVIS.is_dir():
+        pytest.skip(f"LAVIS's recorded outputs are not at {LAVIS}")
+    model = lavis_model(torch.load(LAVIS / "stage1.pth", weights_only=True)["model"], num_heads=4)
+    arrays = dict(np.load(LAVIS / "stage1.npz"))
+    pictures = torch.from_numpy(np.load(LAVIS.parent / "images.npz")["pixel_values"])
+
+    def close(found: Tensor, name: str, tolerance: float = 2e-5) -> None:
+        expected = torch.from_numpy(arrays[name])
+        assert (found - expected).abs().max() <= tolerance, (name, (found - expected).abs().max())
+
+    def close_scores(found: Tensor, name: str) -> None:
+        close(found, name, 1e-5 * float(np.abs(arrays[name]).max()))
+
+    image_embeds = model.vision(pictures)
+    ids, attention_mask = (torch.from_numpy(arrays[name]) for name in ("input_ids", "attention_mask"))
+    mask = torch.where(attention_mask == 0, MASKED, 0.0)[:, None, None]
+    query_embeds, image_itc = model.qformer(image_embeds)
+    text_embeds, text_itc = model.text(ids, mask)
+    close(image_embeds, "ln_vision_output")
+    close(query_embeds, "query_output")
+    seen = attention_mask[..., None].float()
+    assert ((text_embeds - torch.from_numpy(arrays["text_output"])) * seen).abs().max() <= 2e-5
+    close(image_itc, "image_feats")
+    close(text_itc, "text_feat")
+    per_query = torch.einsum("iqe,te->itq", image_itc, text_itc)
+    close_scores(per_query, "itc_sim_per_query")
+    close_scores(per_query.amax(2), "itc_sim")
+    count = len(pictures)
+    pairs = [(i, t) for i in range(count) for t in range(count)]
+    of_image, of_text = (torch.tensor(places) for places in zip(*pairs, strict=True))
+    _, logits = model.itm(image_embeds[of_image], ids[of_text], mask[of_text])
+    close_scores(logits.unflatten(0, (count, count)), "itm_logits")
+
+    ext_ids, ext_mask = (torch.from_numpy(arrays[f"ext_{name}"]) for name in ("input_ids", "attention_mask"))
+    multimodal, _ = model.itm(image_embeds, ext_ids, torch.where(ext_mask == 0, MASKED, 0.0)[:, None, None])
+    close(multimodal, "ext_multimodal_multimodal_embeds")
+    lm_logits = model.itg_logits(image_embeds, torch.from_numpy(arrays["train_lm_input_ids"]), mask)
+    expected = torch.from_numpy(arrays["train_lm_logits"])
+    assert ((lm_logits - expected) * seen).abs().max() <= 1e-5 * expected.abs().max()
+    assert model.temperature is not None
+    assert abs(float(model.temperature) - 0.083) < 1e-6
