@@ -147,6 +147,19 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def convert(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint in another format, tensor for tensor."""
+    with _extra("export"):
+        from .export.convert import convert_checkpoint
+
+    source = _source(arguments, arguments.model)
+    differences = convert_checkpoint(source, arguments.output, arguments.to, tokenizer=arguments.tokenizer)
+    for difference in differences:
+        print(f"blip2rt: note: {difference}", file=sys.stderr)
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return 0
+
+
 def _source(arguments: argparse.Namespace, model: Any) -> Any:
     """The checkpoint that a command names; imported here, because it loads torch."""
     from .model import CheckpointSource
@@ -245,6 +258,13 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("--device", default="cpu", help="cpu")
     exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
+
+    converter = command(convert)
+    converter.add_argument("model", metavar="IN", help="a checkpoint, as `blip2rt export --model` takes it")
+    converter.add_argument("output", metavar="OUT", help="a directory (transformers) or a .pth (LAVIS, mmpretrain)")
+    converter.add_argument("--to", required=True, metavar="FORMAT", help="transformers, lavis or mmpretrain")
+    converter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
+    _add_parts(converter)
 
     for run in (caption, answer, generate):
         added = command(run)

@@ -40,7 +40,9 @@ class Checkpoint:
         source: what the caller named.
         config: sizes of the model as it is used; `text.tie_word_embeddings` says what the file holds.
         config_json: the `Blip2Config` that it was read from, as JSON.
+        contents: its format, and what else the names in it say.
         names: what its format calls our parameters.
+        tensors: what is stored, under the names of this package.
         directory: where its processor and, unless the caller names another, its tokenizer lie; None: nowhere.
         name, source_id: its name as that of a folder; its hub id, or the name of its directory or file.
         left_out: stored tensors that the model does not use on purpose: blocks behind the last one that counts, and
@@ -62,7 +64,7 @@ class Checkpoint:
         self.source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
         opened = open_source(self.source)
         self.directory, self.name, self.source_id = opened.directory, opened.name, opened.source_id
-        self.config_json, self._tensors, self._contents = opened.config_json, opened.tensors, opened.contents
+        self.config_json, self.tensors, self.contents = opened.config_json, opened.tensors, opened.contents
         self._label = str(self.source.model if opened.contents.format != TRANSFORMERS else opened.directory)
         self._stored = self._read_config()
         self.config: ModelConfig = replace(self._stored, vision=self._vision_as_used(all_blocks))
@@ -90,13 +92,27 @@ class Checkpoint:
         """
         name = stored_name(name)
         keys = self.names(name)
-        stored = {key: self._read(key) for key in keys if key is not None}
+        stored = {key: self.stored(key).to(torch.float32) for key in keys if key is not None}
         zeros = torch.zeros_like(next(iter(stored.values())))  # for what is not stored; all parts have one shape
         parts = [zeros if key is None else stored[key] for key in keys]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if name == POSITION:
             tensor = resize_position(tensor.flatten(0, -2), self.config.vision)
         return tensor.reshape(self._shapes[name])
+
+    def stored(self, key: str) -> Tensor:
+        """A tensor as it is stored, by its name in this package.
+
+        Raises:
+            CheckpointError: a value is NaN or infinite, or the file cannot be read.
+        """
+        tensor = self.tensors.read(key)
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{self.tensors.place(key)} holds NaN or infinite values; take an undamaged checkpoint "
+                "(fp16 copies overflow: try the original precision)"
+            )
+        return tensor
 
     def load(self, module: nn.Module, prefix: str) -> nn.Module:
         """Give `module` (built on the meta device) the parameters named `prefix.*`, or all; float32, eval mode."""
@@ -122,33 +138,24 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash over the weight files in order of their names."""
         digest = hashlib.sha256()
-        for file in sorted(self._tensors.files, key=lambda file: file.path.name):
+        for file in sorted(self.tensors.files, key=lambda file: file.path.name):
             with file.path.open("rb") as stream:
                 while chunk := stream.read(1 << 22):
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def _read(self, key: str) -> Tensor:
-        tensor = self._tensors.read(key).to(torch.float32)
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{self._tensors.place(key)} holds NaN or infinite values; take an undamaged checkpoint "
-                "(fp16 copies overflow: try the original precision)"
-            )
-        return tensor
-
     def _read_config(self) -> ModelConfig:
         """The configuration as the file has it, with what the format's own code fixes."""
         # the tensors decide which model it describes: a configuration need not say it
-        kind = RetrievalConfig if self._contents.is_retrieval else Blip2Config
+        kind = RetrievalConfig if self.contents.is_retrieval else Blip2Config
         try:
             config: ModelConfig = kind.from_transformers(self.config_json)
         except CheckpointError as error:
             if self.source.config is None:
                 raise
             raise CheckpointError(f"--config {self.source.config}: {error}") from None
-        format, vision = self._contents.format, config.vision
-        is_clip = f"{VISION_PREFIXES[LAVIS]}class_embedding" in self._tensors.shapes
+        format, vision = self.contents.format, config.vision
+        is_clip = f"{VISION_PREFIXES[LAVIS]}class_embedding" in self.tensors.shapes
         if vision.pre_norm != is_clip:
             kinds = ("EVA's ViT-g", "CLIP's ViT-L (pre_norm)")
             raise CheckpointError(
@@ -156,13 +163,13 @@ class Checkpoint:
                 "pass the --config of the same, such as blip2-opt-2.7b or blip2-opt-2.7b-vitl"
             )
         if isinstance(config, RetrievalConfig):
-            config = replace(config, has_training_parts=TEMPERATURE in self._tensors.shapes)
+            config = replace(config, has_training_parts=TEMPERATURE in self.tensors.shapes)
         return replace(config, vision=replace(vision, norm_eps=NORM_EPS.get(format, vision.norm_eps)))
 
     def _check_language_model(self, text: TextConfig, llm: Mapping[str, Any]) -> None:
         """The file, the configuration and the language model that was saved apart speak of the same one."""
         kind = text.model_type
-        said = {self._label: self._contents.language_model, f"--llm {self.source.llm}": llm.get("model_type")}
+        said = {self._label: self.contents.language_model, f"--llm {self.source.llm}": llm.get("model_type")}
         for where, other in said.items():
             if other not in (None, kind):
                 raise CheckpointError(
@@ -187,7 +194,7 @@ class Checkpoint:
         stored = vision.num_hidden_layers
         layers = source.vision_layers
         if layers is None:
-            layers = stored if all_blocks else stored - self._contents.unused_blocks
+            layers = stored if all_blocks else stored - self.contents.unused_blocks
         if type(layers) is not int or not 1 <= layers <= stored:
             raise InputError(f"--vision-layers {layers}: the image encoder has {stored} blocks, so 1 to {stored}")
         size = vision.image_size if source.image_size is None else source.image_size
@@ -197,14 +204,14 @@ class Checkpoint:
 
     def _is_tied(self, text: TextConfig) -> bool:
         """Whether the output layer is the token embedding. transformers unties them where a file holds two."""
-        shapes = self._tensors.shapes
+        shapes = self.tensors.shapes
         token_embedding = TOKEN_EMBEDDINGS[text.model_type]
         stored = TIED_HEAD in shapes and token_embedding in shapes
         # T5's configurations say nothing about it, whatever the format: the file decides
-        is_told = self._contents.format != TRANSFORMERS and not isinstance(text, T5Config)
+        is_told = self.contents.format != TRANSFORMERS and not isinstance(text, T5Config)
         if not text.tie_word_embeddings or not stored or is_told:
             return text.tie_word_embeddings
-        head, embedding = self._tensors.read(TIED_HEAD), self._tensors.read(token_embedding)
+        head, embedding = self.tensors.read(TIED_HEAD), self.tensors.read(token_embedding)
         return head.shape == embedding.shape and torch.equal(head, embedding)
 
     def _check_tensors(self) -> None:
@@ -212,7 +219,7 @@ class Checkpoint:
 
         Or one error that lists all that is wrong.
         """
-        shapes, missing, misshaped, used = self._tensors.shapes, [], [], set()
+        shapes, missing, misshaped, used = self.tensors.shapes, [], [], set()
         for name, shape in self._shapes.items():
             keys = self._names_of(name)
             expected = (shape[0] // len(keys), *shape[1:]) if shape else ()
@@ -245,11 +252,11 @@ class Checkpoint:
         try:
             return self.names(parameter)
         except NoPlaceError:
-            raise CheckpointError(f"{self._label}: {self._contents.format}'s format has no {parameter}") from None
+            raise CheckpointError(f"{self._label}: {self.contents.format}'s format has no {parameter}") from None
 
     def _position_problem(self, key: str) -> list[str]:
         """What is wrong with the position embeddings, unless they fit or `--image-size` asks to interpolate them."""
-        vision, shape = self.config.vision, self._tensors.shapes[key]
+        vision, shape = self.config.vision, self.tensors.shapes[key]
         rows, width = _without_ones(shape)[-2:] if len(_without_ones(shape)) > 1 else (0, 0)
         side = math.isqrt(max(rows - 1, 0))
         if width != vision.hidden_size or side < 1 or side**2 + 1 != rows:
@@ -264,7 +271,7 @@ class Checkpoint:
 
     def _check_copies(self, copies: Iterable[str]) -> None:
         """What the files hold twice, tied to another tensor or in two files, is the same both times."""
-        tensors = self._tensors
+        tensors = self.tensors
         pairs = [(key, tensors.read(key), self.names.copies[key]) for key in copies]
         pairs += [(name, file.read(stored), name) for name, file, stored in tensors.doubles]
         for copy, tensor, original in pairs:
@@ -276,7 +283,7 @@ class Checkpoint:
 
     def _is_left_out(self, key: str) -> bool:
         """Whether a tensor is of a block that does not count, or what an encoder's own file has of its pretraining."""
-        prefix, blocks = VISION_PREFIXES[self._contents.format], self._stored.vision.num_hidden_layers
+        prefix, blocks = VISION_PREFIXES[self.contents.format], self._stored.vision.num_hidden_layers
         number = re.search(r"\.(\d+)\.", key)
         if number and re.sub(r"\.\d+\.", ".{}.", key, count=1) in self.names.block_tensors():
             return self.source.vision is not None or int(number[1]) < blocks

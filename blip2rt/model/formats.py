@@ -64,11 +64,16 @@ class Contents:
 
     @property
     def unused_blocks(self) -> int:
-        """Blocks at the end of the image encoder that a model of this format stores and does not use.
+        """`unused_blocks` of this format and model."""
+        return unused_blocks(self.format, self.is_retrieval)
 
-        mmpretrain's generative configs take the output of the last but one (`out_indices=-2`).
-        """
-        return int(self.format == MMPRETRAIN and not self.is_retrieval)
+
+def unused_blocks(format: str, is_retrieval: bool) -> int:
+    """Blocks at the end of the image encoder that a model of this format stores and its own code does not use.
+
+    mmpretrain's generative configs take the output of the last but one (`out_indices=-2`).
+    """
+    return int(format == MMPRETRAIN and not is_retrieval)
 
 
 def recognise(names: Collection[str], path: object) -> Contents:

@@ -251,7 +251,8 @@ class Names:
     """
 
     def __init__(self, format: str, language_model: str = "opt", pre_norm: bool = False, is_gated: bool = True):
-        self.format, self.language_model, self._is_gated = format, language_model, is_gated
+        self.format, self.language_model = format, language_model
+        self._pre_norm, self._is_gated = pre_norm, is_gated
         self.copies = COPIES | {TIED_HEAD: TOKEN_EMBEDDINGS[language_model]}
         self._table = _table(format, language_model, pre_norm)
 
@@ -272,6 +273,10 @@ class Names:
         names = (column,) if isinstance(column, str) else column
         fill = indices or [self.language_model]  # of opt_proj and t5_proj
         return tuple(name if name is None else name.format(*fill) + suffix for name in names)
+
+    def of(self, format: str) -> "Names":
+        """The names that another format has for the same model."""
+        return Names(format, self.language_model, self._pre_norm, self._is_gated)
 
     def stored_as(self, name: str) -> str:
         """The name in a file of what is called `name` in this package."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from ..errors import CheckpointError, InputError
 from .formats import Contents, internal_names, recognise
@@ -43,6 +43,7 @@ class Tensors:
     def __init__(self) -> None:
         self.files: list[WeightFile] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, dtype] = {}
         self.doubles: list[tuple[str, WeightFile, str]] = []  # those that a second file holds as well
         self._where: dict[str, tuple[WeightFile, str]] = {}
 
@@ -54,7 +55,7 @@ class Tensors:
                 self.doubles.append((name, file, stored))
             else:
                 self._where[name] = file, stored
-                self.shapes[name] = file.shapes[stored]
+                self.shapes[name], self.dtypes[name] = file.shapes[stored], file.dtypes[stored]
 
     def read(self, name: str) -> Tensor:
         """The tensor as it is stored, its own memory."""

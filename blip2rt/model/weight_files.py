@@ -12,14 +12,24 @@ from torch import Tensor
 from ..errors import CheckpointError
 
 WRAPPERS = {"model": "lavis", "state_dict": "mmpretrain"}  # where trainers put the state dict, and whose they are
+DTYPES = {  # what safetensors calls them
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
 REMAP_BYTES = 512 << 20  # a mapped file's pages count as ours: map it anew after reading this much
 
 
 class WeightFile:
-    """One file of tensors. `shapes` come from its header; `read` gives one tensor as it is stored."""
+    """One file of tensors. `shapes` and `dtypes` come from its header; `read` gives one tensor as it is stored."""
 
     path: Path
     shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
 
     def read(self, key: str) -> Tensor:
         """The stored tensor, its own memory."""
@@ -33,9 +43,15 @@ class SafetensorsFile(WeightFile):
         self.path = path
         try:
             with safe_open(path, framework="pt") as file:
-                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+                self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+                dtypes = {key: part.get_dtype() for key, part in slices.items()}
         except (SafetensorError, OSError) as error:
             raise damaged(path, error) from error
+        foreign = sorted(key for key, dtype in dtypes.items() if dtype not in DTYPES)
+        if foreign:
+            raise CheckpointError(f"{path}: {foreign[0]} is of type {dtypes[foreign[0]]}, which no BLIP-2 is stored in")
+        self.dtypes = {key: DTYPES[dtype] for key, dtype in dtypes.items()}
 
     def read(self, key: str) -> Tensor:
         try:
@@ -59,6 +75,7 @@ class TorchFile(WeightFile):
         self._bytes_read = 0
         self._tensors = self._load()
         self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        self.dtypes = {key: tensor.dtype for key, tensor in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
         if self._bytes_read > REMAP_BYTES:
