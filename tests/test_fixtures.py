@@ -1,7 +1,7 @@
 """What LAVIS's and mmpretrain's own code computed from their files, through the reference and through the engines.
 
 The arrays and the tiny random checkpoints lie in `../shared/fixtures` beside the repository, whose README says how they
-were made. Features agree within 2e-5, logits and losses within 1e-5 of the array's largest value, greedy ids exactly.
+were made. Features agree within 2e-5, logits and losses within 1e-5 of the array's largest value, ids exactly.
 `pytest tests/test_fixtures.py -rP` prints every array with its difference.
 """
 
@@ -15,14 +15,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import blip2rt.export
-from blip2rt import Pipeline
+from blip2rt import Generation, Pipeline
 from blip2rt.backends import Stage
 from blip2rt.export import export_engine, graphs
 from blip2rt.manifest import Manifest
 from blip2rt.model import Blip2, CheckpointSource, load_blip2
 from blip2rt.model.config import OPTConfig, stop_token_ids
+from blip2rt.options import ResolvedOptions
 from blip2rt.stages import DECODER, MASKED, QFORMER, VISION, cache_names
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
@@ -37,8 +39,15 @@ CONFIG = LAVIS_DIR / "configs" / "opt.json"
 LAVIS_SOURCE = CheckpointSource(
     LAVIS_DIR / "lavis" / "opt_stage2.pth", CONFIG, LAVIS_DIR / "lavis" / "eva_vit.pth", LAVIS_DIR / "llm" / "opt"
 )
+LAVIS_T5 = CheckpointSource(
+    LAVIS_DIR / "lavis" / "t5_stage2.pth",
+    LAVIS_DIR / "configs" / "t5.json",
+    LAVIS_DIR / "lavis" / "eva_vit.pth",
+    LAVIS_DIR / "llm" / "t5",
+)
 SOURCES = {
     "lavis": LAVIS_SOURCE,
+    "lavis t5": LAVIS_T5,
     "lavis at 84 px": replace(LAVIS_SOURCE, image_size=84),
     **{
         name: CheckpointSource(MMPRETRAIN_DIR / f"{name}.pth", CONFIG, llm=MMPRETRAIN_DIR / "llm" / "opt")
@@ -52,7 +61,8 @@ FEATURES, LOGITS = 2e-5, 1e-5
 
 
 def arrays(name: str) -> Arrays:
-    file = LAVIS_DIR / "lavis" / "opt.npz" if name.startswith("lavis") else MMPRETRAIN_DIR / f"{name.split()[0]}.npz"
+    recorded = LAVIS_DIR / "lavis" / ("t5.npz" if name == "lavis t5" else "opt.npz")
+    file = recorded if name.startswith("lavis") else MMPRETRAIN_DIR / f"{name.split()[0]}.npz"
     with np.load(file) as content:
         return {key: content[key] for key in content.files if "grad" not in key}
 
@@ -92,7 +102,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
 
     def engine(name: str) -> Path:
         if name not in built:
-            tokenizer = (LAVIS_DIR if name.startswith("lavis") else MMPRETRAIN_DIR) / "tokenizers" / "opt"
+            language_model = "t5" if name == "lavis t5" else "opt"
+            tokenizer = (LAVIS_DIR if name.startswith("lavis") else MMPRETRAIN_DIR) / "tokenizers" / language_model
             built[name] = export_engine(SOURCES[name], folder / name.replace(" ", "-"), tokenizer=tokenizer)
         return built[name]
 
@@ -200,6 +211,7 @@ def test_mmpretrain_vision_block_by_block(name: str) -> None:
 
 NAMES_OF_FEATURES = {
     "lavis": (None, None, "query_embeds_proj"),
+    "lavis t5": (None, None, "query_embeds_proj"),
     "caption": ("ln_vision_out", "query_output", "query_proj"),
     "caption with all blocks": ("ln_vision_out_last", "query_output_last", "query_proj_last"),
     "vqa": ("ln_vision_out", "query_output", "query_proj"),
@@ -335,3 +347,141 @@ def test_token_ids_of_prompts(name: str, engines: Callable[[str], Path]) -> None
         real = ids[mask.astype(bool)].tolist()
         assert tokenizer.encode(prompt)[: len(real)] == real  # LAVIS cuts at 24 tokens
     assert {VISION, QFORMER, DECODER} == Manifest.read(engines(name)).stages.keys()
+
+
+# --- generated texts -------------------------------------------------------------------------------------------------
+
+LAVIS_CAPTIONS = [
+    "gen_greedy",
+    "gen_beam5",
+    "gen_beam5_lpm1",
+    "gen_beam5_lp2",
+    "gen_beam5_n3",
+    "gen_beam5_min8",
+    "gen_beam5_rep15",
+    "gen_greedy_rep15",
+]
+GENERATED = {
+    "lavis": [*LAVIS_CAPTIONS, "gen_prompt2_beam5", "vqa2_lp0", "vqa2_lpm1", "vqa2_lp1", "vqa_all_lp0"],
+    "lavis t5": [*LAVIS_CAPTIONS, "gen_prompts_beam5", "vqa2_lp0", "vqa2_lpm1", "vqa2_lp1", "vqa_all_lpm1"],
+    "caption": ["gen", "gen_n3", "gen_trunc", "gen_noprompt"],
+    "vqa": ["vqa_raw", "vqa_clean"],
+}
+
+
+def recorded_call(name: str, case: str) -> tuple[list[list[int]], ResolvedOptions]:
+    """Prompt ids of every picture without padding, and the options that transformers 4.33 was given.
+
+    Its lengths count the start token.
+    """
+    texts = json.loads(
+        (LAVIS_DIR / "lavis" / "texts.json" if "lavis" in name else MMPRETRAIN_DIR / "texts.json").read_text()
+    )
+    if "lavis" in name:
+        own = texts["t5" if name == "lavis t5" else "opt"]
+        given = own["generate_kwargs"][case]
+        family = case.rpartition("_")[0] if case.startswith("vqa") else "gen_prompt"
+        if case in ("gen_prompt2_beam5", "gen_prompts_beam5"):
+            tokenizer = AutoTokenizer.from_pretrained(LAVIS_DIR / "tokenizers" / ("t5" if "t5" in name else "opt"))
+            prompts = own.get("gen_prompts") or [own["gen_prompt2"]] * len(pictures(name))
+            return [tokenizer(prompt).input_ids for prompt in prompts], resolved(given)
+        key = "gen_prompt_ids" if family == "gen_prompt" else f"{family}_input_ids"
+        mask_key = f"{family}_text_attention_mask"
+    else:
+        changed: dict[str, Any] = {"gen_n3": {"num_return_sequences": 3}, "gen_trunc": {"max_new_tokens": 6}}
+        given = texts[name]["generate_kwargs"] | changed.get(case, {})
+        key = "gen_input_ids" if case == "gen_n3" else f"{case}_input_ids"
+        mask_key = key.replace("input_ids", "text_attention_mask")
+    recorded = arrays(name)
+    ids = recorded[key]
+    mask = recorded.get(mask_key, np.ones_like(ids)).astype(bool)
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)], resolved(given)
+
+
+def resolved(given: dict[str, Any]) -> ResolvedOptions:
+    return ResolvedOptions(
+        num_beams=given["num_beams"],
+        max_new_tokens=given.get("max_new_tokens") or given["max_length"] - 1,
+        min_new_tokens=max(0, given["min_length"] - 1),
+        length_penalty=float(given.get("length_penalty", 1.0)),
+        repetition_penalty=given.get("repetition_penalty", 1.0),
+        num_return_sequences=given.get("num_return_sequences", 1),
+        rules="lavis",
+    )
+
+
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in GENERATED.items() for case in cases])
+def test_generated_ids(name: str, case: str, engines: Callable[[str], Path]) -> None:
+    """From their checkpoint files through the engines: every row that LAVIS and mmpretrain generated, and its score."""
+    prompts, options = recorded_call(name, case)
+    pipe, expected = Pipeline(engines(name)), arrays(name)
+    features = pipe.encode(list(pictures(name)[: len(prompts)]))
+    results = pipe._decode(Generation, features, prompts, options)
+    sequences = [sequence for result in results for sequence in (result, *result.alternatives)]
+    (stop,), start = pipe.manifest.tokens.stop, pipe.manifest.tokens.bos
+    rows = expected[f"{case}_ids"]
+    for sequence, row in zip(sequences, rows.tolist(), strict=True):
+        ended = [stop] if sequence.finish_reason == "stop" else []
+        found = [start, *sequence.token_ids, *ended]
+        assert found + [pipe.manifest.tokens.pad] * (len(row) - len(found)) == row
+    scores = expected.get(f"{case}_scores", expected.get(f"{case}_beam_scores"))
+    if scores is not None:
+        same_logits(f"{name} {case} scores, engine", np.array([s.score for s in sequences]), scores)
+
+
+def test_whole_and_parts_are_the_same_t5() -> None:
+    """LAVIS's whole T5 file, and what its trainer leaves out put beside the rest."""
+    whole = load_blip2(CheckpointSource(LAVIS_DIR / "lavis" / "t5_full.pth", LAVIS_T5.config))
+    parts = load_blip2(LAVIS_T5)
+    for (name, tensor), other in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+@torch.no_grad()
+def test_t5_logits_and_loss(engines: Callable[[str], Path]) -> None:
+    """LAVIS's teacher-forced pass: decoder rows after the start token, each picture without its padding."""
+    recorded, model = arrays("lavis t5"), load_blip2(LAVIS_T5)
+    stage, encoder = (
+        Stage(DECODER, engines("lavis t5") / "decoder.onnx"),
+        Stage("encoder", engines("lavis t5") / "encoder.onnx"),
+    )
+    text: Any = model.config.text
+    found: dict[str, list[Array]] = {"reference": [], "engine": []}
+    expected, labels = [], []
+    for i in range(len(pictures("lavis"))):
+        real, kept = (recorded[f"loss_{part}mask"][i].astype(bool) for part in ("attention_", "decoder_attention_"))
+        embeds = recorded["loss_inputs_embeds"][i][real]
+        target = recorded["loss_output_ids"][i][kept]
+        rows, length = len(embeds), len(target)
+        encoded = {
+            "prefix": embeds[None],
+            "input_ids": np.full((1, rows), -1),
+            "positions": np.arange(rows)[None],
+            "encoder_mask": np.zeros((1, 1, 1, rows), np.float32),
+        }
+        given = {
+            "input_ids": np.concatenate(([text.start_token_id], target[:-1]))[None],
+            "positions": np.arange(length)[None],
+            "cached_positions": np.arange(length)[None],
+            "write_indices": np.zeros(1, np.int64),
+            "mask": np.where(np.tri(length, dtype=bool), np.float32(0), np.float32(MASKED))[None, None],
+            "encoder_mask": np.zeros((1, 1, length, rows), np.float32),
+            "logit_rows": np.arange(length)[None],
+            **dict.fromkeys(
+                cache_names(text.num_decoder_layers, "past"),
+                np.zeros((1, text.num_heads, length, text.d_kv), np.float32),
+            ),
+        }
+        cross = encoder(**encoded)
+        found["engine"].append(stage(**given, **cross)["logits"][0])
+        tensors = [torch.from_numpy(value) for value in given.values()]
+        reference_cross = model.encoder(*(torch.from_numpy(value) for value in encoded.values()))
+        found["reference"].append(model.decoder(*tensors, *reference_cross)[0][0].numpy())
+        expected.append(recorded["loss_logits"][i][kept])
+        labels.append(target)
+    for way, logits in found.items():
+        same_logits(f"lavis t5 loss_logits, {way}", np.concatenate(logits), np.concatenate(expected))
+        rows64 = np.concatenate(logits).astype(np.float64)
+        rows64 -= np.log(np.exp(rows64).sum(-1, keepdims=True))
+        loss = -np.mean([row[label] for row, label in zip(rows64, np.concatenate(labels), strict=True)])
+        same_logits(f"lavis t5 loss, {way}", loss, recorded["loss"])
