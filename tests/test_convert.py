@@ -36,12 +36,13 @@ def mixed(directory: Path, seed: int) -> State:
     """Give a transformers checkpoint biases (query, 0, value), a type of its own for every tensor, perhaps a head."""
     draw = random.Random(seed)
     state = load_file(directory / "model.safetensors")
+    embedding = next(state[key] for key in state if key.endswith((".embed_tokens.weight", ".shared.weight")))
     if draw.random() < 0.5:
-        state["language_model.lm_head.weight"] = state["language_model.model.decoder.embed_tokens.weight"].clone()
+        state["language_model.lm_head.weight"] = embedding.clone()
     for name, tensor in state.items():
         if name.endswith("self_attn.qkv.bias"):
             tensor.chunk(3)[1].zero_()
-        if "lm_head" not in name and "embed_tokens" not in name:
+        if tensor is not embedding and "lm_head" not in name:
             state[name] = tensor.to(draw.choice(DTYPES))
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     return load_file(directory / "model.safetensors")
@@ -55,7 +56,7 @@ def source(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_round_trips(seed: int, tmp_path: Path, checkpoint_maker: Callable[..., Path]) -> None:
     """transformers -> LAVIS -> mmpretrain -> transformers, and straight back from each."""
     source = checkpoint_maker(tmp_path / "source", seed)
@@ -78,28 +79,46 @@ def test_round_trips(seed: int, tmp_path: Path, checkpoint_maker: Callable[..., 
     assert not [path.name for path in tmp_path.iterdir() if "converting" in path.name]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_round_trips_of_t5(seed: int, tmp_path: Path, checkpoint_maker: Callable[..., Path]) -> None:
+    """transformers -> LAVIS -> transformers, with gated and plain feed-forward layers; mmpretrain never had T5."""
+    source = checkpoint_maker(tmp_path / "source", seed, model_type="t5")
+    expected = mixed(source, seed)
+    notes = convert_checkpoint(source, tmp_path / "lavis.pth", "lavis")
+    activation = json.loads((source / "config.json").read_text())["text_config"]["dense_act_fn"]
+    assert any(f"activation is {activation}" in note for note in notes) == (activation != "gelu")
+    way = CheckpointSource(tmp_path / "lavis.pth", tmp_path / "lavis.json")
+    convert_checkpoint(way, tmp_path / "back", "transformers", tokenizer=source)
+    same_tensors(load_file(tmp_path / "back" / "model.safetensors"), expected)
+    assert {name.partition(".")[0] for name in torch.load(way.model, weights_only=True)["model"]} >= {"t5_proj"}
+    with pytest.raises(CheckpointError, match="mmpretrain has no BLIP-2 with FLAN-T5"):
+        convert_checkpoint(source, tmp_path / "mm.pth", "mmpretrain")
+
+
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"the recorded outputs are not at {FIXTURES}")
 @pytest.mark.parametrize("kind", ["stage2", "full"])
-def test_files_of_lavis_itself(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("llm", ["opt", "t5"])
+def test_files_of_lavis_itself(llm: str, kind: str, tmp_path: Path) -> None:
     """There and back, a file that LAVIS wrote has its tensors under its names again; mmpretrain's names are its own."""
     folder = FIXTURES / "lavis"
-    parts = (folder / "lavis" / "eva_vit.pth", folder / "llm" / "opt") if kind == "stage2" else (None, None)
-    source = CheckpointSource(folder / "lavis" / f"opt_{kind}.pth", folder / "configs" / "opt.json", *parts)
-    convert_checkpoint(source, tmp_path / "hub", "transformers", tokenizer=folder / "tokenizers" / "opt")
+    parts = (folder / "lavis" / "eva_vit.pth", folder / "llm" / llm) if kind == "stage2" else (None, None)
+    source = CheckpointSource(folder / "lavis" / f"{llm}_{kind}.pth", folder / "configs" / f"{llm}.json", *parts)
+    convert_checkpoint(source, tmp_path / "hub", "transformers", tokenizer=folder / "tokenizers" / llm)
     convert_checkpoint(tmp_path / "hub", tmp_path / "lavis.pth", "lavis")
-    expected = torch.load(folder / "lavis" / "opt_full.pth", weights_only=True)["model"]
+    expected = torch.load(folder / "lavis" / f"{llm}_full.pth", weights_only=True)["model"]
     buffer = expected.pop("Qformer.bert.embeddings.position_ids")
     assert torch.equal(buffer, torch.arange(buffer.numel())[None])
     # q_bias and v_bias became one tensor and two again; the language model of a stage-2 file is --llm's
     same_tensors(torch.load(tmp_path / "lavis.pth", weights_only=True)["model"], expected)
-    convert_checkpoint(tmp_path / "hub", tmp_path / "mmpretrain.pth", "mmpretrain")
-    content = torch.load(tmp_path / "mmpretrain.pth", weights_only=True)
-    theirs = json.loads((FIXTURES / "mmpretrain" / "keys.json").read_text())["caption"]
-    names = {name for name in content["state_dict"] if not name.startswith("text_backbone.")}
-    assert names | {"multimodal_backbone.bert.embeddings.position_ids"} == theirs.keys()
-    assert content["meta"] == {}
     models = [load_blip2(way).state_dict() for way in (source, CheckpointSource(tmp_path / "lavis.pth", source.config))]
     same_tensors(models[1], models[0])
+    if llm == "opt":
+        convert_checkpoint(tmp_path / "hub", tmp_path / "mmpretrain.pth", "mmpretrain")
+        content = torch.load(tmp_path / "mmpretrain.pth", weights_only=True)
+        theirs = json.loads((FIXTURES / "mmpretrain" / "keys.json").read_text())["caption"]
+        names = {name for name in content["state_dict"] if not name.startswith("text_backbone.")}
+        assert names | {"multimodal_backbone.bert.embeddings.position_ids"} == theirs.keys()
+        assert content["meta"] == {}
 
 
 def test_notes_say_what_differs(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
