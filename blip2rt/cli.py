@@ -199,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter = command(export)
     exporter.add_argument("--model", help="a transformers BLIP-2 directory or hub id (default: the bundled model)")
     exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
-    exporter.add_argument("--precision", default="fp32", help="fp32")
+    exporter.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
     exporter.add_argument("--device", default="cpu", help="cpu")
     exporter.add_argument("--tokenizer", help="directory of the language model's tokenizer (default: the model's)")
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
