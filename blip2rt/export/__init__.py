@@ -60,7 +60,7 @@ def export_engine(
         ExportError: the disk is full or cannot be written, or the engines disagree with the reference.
     """
     if precision in ("fp16", "bf16") and device == "cpu":
-        raise InputError(f"the CPU has no {precision} kernels: use int8 or int4, which are fast there, or fp32")
+        raise InputError(f"the CPU has no {precision} kernels: use int8 and int4, which are fast there, or fp32")
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if device not in DEVICES:
