@@ -32,8 +32,8 @@ clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
-# An extra is installed again when what it depends on has changed. dev contains export.
-.venv/%.stamp: pyproject.toml CMakeLists.txt
+# An extra is installed again when what it depends on has changed, the native kernels included. dev contains export.
+.venv/%.stamp: pyproject.toml CMakeLists.txt $(wildcard blip2rt/native/*.cpp blip2rt/native/*.h)
 	@test -n "$(PYTHON)" || { echo "blip2rt needs Python 3.11 or newer: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[$*]'

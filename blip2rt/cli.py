@@ -254,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_parts(exporter)
     _add_sizes(exporter)
     exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
-    exporter.add_argument("--precision", default="fp32", help="fp32")
+    exporter.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
     exporter.add_argument("--device", default="cpu", help="cpu")
     exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")

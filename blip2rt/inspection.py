@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from .engine_directory import find_engine
-from .manifest import Manifest
+from .manifest import NATIVE, Manifest
+from .native import native_path
 from .stages import TensorSpec
 
 
@@ -26,6 +27,8 @@ class Description:
             "source_sha256": manifest.source_sha256,
             "precision": manifest.precision,
             "device": manifest.device,
+            "kernels": manifest.kernels,
+            "path": self._path(),
             "parameters": manifest.parameters | {"total": sum(manifest.parameters.values())},
             "bytes": {stage: self._bytes(stage) for stage in manifest.stages},
             "stages": {
@@ -45,6 +48,7 @@ class Description:
         lines = [
             f"{self.directory}: {manifest.kind} engine, {manifest.precision} on {manifest.device}",
             f"source      {manifest.source_id} (sha256 {manifest.source_sha256[:16]}...)",
+            f"kernels     {manifest.kernels}" + (f", here: {self._path()}" if manifest.kernels == NATIVE else ""),
             f"parameters  {total / 1e6:,.2f} M",
             f"image       {manifest.image.size} x {manifest.image.size} px",
             f"tokens      BOS {manifest.tokens.bos}, stop {list(manifest.tokens.stop)}, pad {manifest.tokens.pad}",
@@ -61,6 +65,12 @@ class Description:
             )
         lines += ["", "built with  " + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())]
         return "\n".join(lines)
+
+    def _path(self) -> str | None:
+        """Which path of the native kernels runs here; None for an engine without them."""
+        if self.manifest.kernels != NATIVE:
+            return None
+        return native_path() or "missing, install blip2rt where there is a C++ compiler"
 
     def _bytes(self, stage: str) -> int:
         graph = self.manifest.stages[stage].file

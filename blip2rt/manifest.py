@@ -22,6 +22,8 @@ MANIFEST_NAME = "manifest.json"
 GENERATIVE = "generative"
 STAGES_OF_KIND = {GENERATIVE: GENERATIVE_STAGES}  # the stages that an engine of each kind cannot do without
 
+STOCK, NATIVE = KERNELS = ("stock", "native")  # operators of ONNX Runtime alone, or the ones of native/ as well
+
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # no path, nothing hidden, fine on every file system
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -79,7 +81,7 @@ class Manifest:
     """Everything the runtime knows about an engine before it loads a graph. The fields stand in the order of the file.
 
     `model` is the model config and holds JSON values only; `parameters` counts parameters per part of the model;
-    `files` lists every file of the directory but the manifest itself.
+    `kernels` says what the graphs run on, one of KERNELS; `files` lists every file of the directory but the manifest.
     """
 
     format_revision: int = FORMAT_REVISION  # first, so that a damaged manifest can still be told from a foreign one
@@ -89,6 +91,7 @@ class Manifest:
     source_sha256: str
     precision: str
     device: str
+    kernels: str
     image: ImageSpec
     tokens: TokenSpec
     parameters: dict[str, int]
@@ -170,6 +173,8 @@ def _parse_manifest(content: Any) -> Manifest:
     manifest = _parse(Manifest, content, "")
     if manifest.kind not in STAGES_OF_KIND:
         raise _FieldError(f"kind {manifest.kind!r} is none of {', '.join(STAGES_OF_KIND)}")
+    if manifest.kernels not in KERNELS:
+        raise _FieldError(f"kernels {manifest.kernels!r} is none of {', '.join(KERNELS)}")
     for stage in STAGES_OF_KIND[manifest.kind]:
         if stage not in manifest.stages:
             raise _FieldError(f"stages.{stage} is missing")

@@ -19,7 +19,8 @@ from .backends import Stage
 from .decoder import CachedDecoder, padded
 from .engine_directory import check_files, find_engine
 from .errors import EngineError, ImageError, InputError
-from .manifest import Manifest
+from .manifest import NATIVE, Manifest
+from .native import native_path
 from .options import GenerationOptions, ResolvedOptions, resolve_options
 from .preprocess import ImageSource, preprocess
 from .progress import progress
@@ -75,6 +76,12 @@ class Pipeline:
             raise EngineError(
                 f"{self.directory} was built for {self.manifest.device!r}, not {device or 'cpu'!r}: build one with "
                 f"`blip2rt export --model {self.manifest.source_id} --device {device or 'cpu'}`"
+            )
+        if self.manifest.kernels == NATIVE and native_path() is None:
+            raise EngineError(
+                f"{self.directory} runs on the native kernels, which this installation lacks: install blip2rt where "
+                "there is a C++ compiler (and do not set BLIP2RT_KERNELS=stock), or build an engine without them here: "
+                f"`blip2rt export --model {self.manifest.source_id} --precision {self.manifest.precision} --force`"
             )
         check_files(self.manifest, self.directory)
         stages = {

@@ -19,7 +19,7 @@ PROGRAMS = sorted(
 # A part (a module, or a folder as a whole) imports only parts of the layers before its own.
 RUNTIME_LAYERS = (
     {"__init__", "errors", "stages", "results", "progress", "trace", "bundled"},
-    {"manifest", "options"},
+    {"manifest", "native", "options"},
     {"engine_directory", "backends"},
     {"preprocess", "tokenizer", "search", "decoder"},
     {"pipeline", "inspection"},
@@ -30,7 +30,7 @@ RUNTIME_LAYERS = (
 MEETING_POINTS = {"__init__", "stages", "manifest", "engine_directory", "errors", "progress"}  # of runtime and exporter
 EXPORTER = {
     "model": {"errors", "stages"},
-    "export": {"model", *MEETING_POINTS},
+    "export": {"model", "native", *MEETING_POINTS},
 }
 # verify.py runs an engine as the runtime will: with its session options
 EXCEPTIONS = {("blip2rt/export/verify.py", "backends")}

@@ -44,6 +44,7 @@ def a_manifest(**changes: Any) -> Manifest:
         source_id="some/tiny model",
         source_sha256="00" * 32,
         precision="fp32",
+        kernels="stock",
         device="cpu",
         image=ImageSpec(28, (0.48145466, 0.4578275, 0.40821073), (0.25, 0.5, 1.0)),
         tokens=TokenSpec(bos=2, pad=None, stop=(50118,), image=50265),
@@ -111,6 +112,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         source_id=draw(TEXT),
         source_sha256=draw(TEXT),
         precision=draw(TEXT),
+        kernels=draw(st.sampled_from(["stock", "native"])),
         device=draw(TEXT),
         image=draw(st.builds(ImageSpec, st.integers(1), THREE, THREE)),
         tokens=draw(
@@ -164,6 +166,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "shape": (lambda m: m["stages"]["vision"]["inputs"][0]["shape"].append(1.5), "inputs[0].shape[4] should be"),
     "stage": (lambda m: m["stages"].pop("qformer"), "stages.qformer is missing"),
     "kind": (lambda m: m.update(kind="musical"), "kind 'musical' is none of generative: upgrade blip2rt"),
+    "kernels": (lambda m: m.update(kernels="avx2"), "kernels 'avx2' is none of stock, native: build the engine again"),
     "parent": (lambda m: m["files"].update({"../x": m["files"]["vision.onnx"]}), "'../x' is not the plain name"),
     "absolute": (lambda m: m["files"].update({"/etc/x": m["files"]["vision.onnx"]}), "'/etc/x' is not the plain"),
     "itself": (lambda m: m["files"].update({"manifest.json": m["files"]["vision.onnx"]}), "is not the plain name"),

@@ -16,15 +16,18 @@ from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
 from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, T5Config, stop_token_ids
 from ..model.weight_files import read_json
+from ..native import library_path
 from ..progress import Progress
 from .graphs import stage_specs, trace_stage
 from .lower import lower
+from .quantize import quantize
 from .tokenizer_files import write_tokenizer
 from .verify import compare_engine
 from .weights import write_stage
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
-PRECISIONS, DEVICES = ("fp32",), ("cpu",)
+PRECISIONS, DEVICES = ("fp32", "int8", "int4"), ("cpu",)
+BYTES = {"fp32": 4, "int8": 1.5, "int4": 1.0}  # of a parameter, all told; the token embedding stays float32
 
 
 def export_engine(
@@ -43,7 +46,7 @@ def export_engine(
     Args:
         model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
-        precision: "fp32".
+        precision: "fp32"; "int8", all linear layers; "int4", those of the language model, the others int8.
         device: "cpu".
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
         force: replace an engine that is there.
@@ -57,9 +60,7 @@ def export_engine(
         ExportError: the disk is full or cannot be written, or the engines disagree with the reference.
     """
     if precision in ("fp16", "bf16") and device == "cpu":
-        raise InputError(
-            f"the CPU has no {precision} kernels: use fp32 (int8 and int4 will serve there, but are not built yet)"
-        )
+        raise InputError(f"the CPU has no {precision} kernels: use int8 and int4, which are fast there, or fp32")
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     if device not in DEVICES:
@@ -79,15 +80,17 @@ def export_engine(
         raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with --tokenizer")
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
-    with building(output, force=force, needed=4 * sum(parameters.values())) as directory:
+    with building(output, force=force, needed=int(BYTES[precision] * sum(parameters.values()))) as directory:
         tokens = _token_spec(config)
         write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
         reference = checkpoint.build()
+        kernels = "native" if precision != "fp32" and library_path() else "stock"
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
         for stage, spec in specs.items():
             module = reference.get_submodule(stage)
             graph = trace_stage(module, spec)
             weights = lower(graph, {name for name, _ in module.named_parameters()})
+            weights = quantize(graph, stage, precision, weights, kernels)
             write_stage(graph, weights, partial(_read, checkpoint, stage), directory / f"{stage}.onnx", bar.advance)
         bar.close()
         manifest = Manifest(
@@ -96,6 +99,7 @@ def export_engine(
             source_sha256=checkpoint.sha256(),
             precision=precision,
             device=device,
+            kernels=kernels,
             image=_image_spec(checkpoint),
             tokens=tokens,
             parameters=parameters,

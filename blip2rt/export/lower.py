@@ -2,22 +2,27 @@
 
 Linear layers come out of torch as MatMul(x, Transpose(weight)). A weight that is used only so is stored transposed; the
 token embedding, which is also looked up row by row, stays as it is and the output layer becomes Gemm(transB=1).
+`quantize.py` goes on from there.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+import torch
 
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """How an initialiser is made from the parameter of the same name."""
+    """How initialisers are made from one parameter: `convert` gives their contents by name."""
 
     parameter: str
-    transposed: bool = False
+    convert: Callable[[torch.Tensor], Mapping[str, np.ndarray[Any, Any]]]
 
 
-def lower(model: ir.Model, parameters: set[str]) -> dict[str, StoredWeight]:
+def lower(model: ir.Model, parameters: set[str]) -> list[StoredWeight]:
     """Rewrite the graph in place.
 
     Args:
@@ -25,7 +30,7 @@ def lower(model: ir.Model, parameters: set[str]) -> dict[str, StoredWeight]:
         parameters: names of the initialisers that are weights of the module.
 
     Returns:
-        What each of these initialisers is to be filled with, in the order in which the graph uses them.
+        What these initialisers are to be filled with, in the order in which the graph uses them.
     """
     graph = model.graph
     transposed: set[str] = set()
@@ -45,9 +50,11 @@ def lower(model: ir.Model, parameters: set[str]) -> dict[str, StoredWeight]:
                 _to_gemm(graph, use.node, weight)
         graph.remove(node, safe=True)
     _sort_inputs(graph, parameters)
-    return {
-        name: StoredWeight(name, transposed=name in transposed) for name in graph.initializers if name in parameters
-    }
+    return [_as_it_is(name, name in transposed) for name in graph.initializers if name in parameters]
+
+
+def _as_it_is(name: str, transposed: bool) -> StoredWeight:
+    return StoredWeight(name, lambda tensor: {name: (tensor.t() if transposed else tensor).contiguous().numpy()})
 
 
 def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
@@ -55,11 +62,16 @@ def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
     if matmul.op_type != "MatMul":
         raise NotImplementedError(f"a shared weight feeds {matmul.op_type} {matmul.name} transposed")
     gemm = ir.node("Gemm", [matmul.inputs[0], weight], attributes={"transB": 1}, name=f"{matmul.name}_gemm")
-    output = gemm.outputs[0]
-    output.name, output.shape, output.type = (matmul.outputs[0].name, matmul.outputs[0].shape, matmul.outputs[0].type)
-    graph.insert_before(matmul, gemm)
-    ir.convenience.replace_all_uses_with(matmul.outputs[0], output, replace_graph_outputs=True)
-    graph.remove(matmul, safe=True)
+    replace_node(graph, matmul, [gemm])
+
+
+def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
+    """Put nodes in the place of one; what the last of them gives has the old name, shape and type, and all its uses."""
+    before, after = old.outputs[0], new[-1].outputs[0]
+    after.name, after.shape, after.type = before.name, before.shape, before.type
+    graph.insert_before(old, new)
+    ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
 
 
 def _sort_inputs(graph: ir.Graph, parameters: set[str]) -> None:

@@ -1,0 +1,216 @@
+"""ONNX -> ONNX: linear layers over float weights become products of small integers.
+
+A linear layer is a product with a weight of the module, whatever its name; which ones stay float32, and how many bits
+the others get, is two tables below. Activations are rounded as the graph runs, with scales of their own for every row,
+so no row depends on another: an answer stays the same alone and in any batch.
+
+Two ways to run them. `native`: one operator of our own (`native/`), scales for every 128 inputs on both sides.
+`stock`: ONNX Runtime's own operators, where the library is not built. 8 bits: one scale for every row and every output,
+rounded in standard operators before `MatMulIntegerToFloat`; 4 bits: `MatMulNBits`.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from ..native import twin
+from .lower import StoredWeight, replace_node
+from .rounding import round_weight
+
+Array = np.ndarray[Any, Any]
+
+NATIVE_DOMAIN, STOCK_DOMAIN = "blip2rt", "com.microsoft"
+
+# (precision, stage, weight) -> bits, the first row that fits: 8, 4, or 32 for one that stays float32, as without a row.
+# Convolutions, norms, embeddings and softmax are no linear layers and stay float32 anyway.
+BITS = (
+    ("*", "qformer", "projection.weight", 32),  # what the language model sees: 2 MB that spoil everything after them
+    ("int4", "decoder", "embedding.token.weight", 8),  # the output layer: its error is that of the logits
+    ("int4", "decoder", "head.lm_head.weight", 8),
+    ("int4", "decoder", "*", 4),
+    ("int4", "encoder", "*", 4),  # T5's, up to the keys and values of cross-attention
+    ("int4", "*", "*", 8),
+    ("int8", "*", "*", 8),
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x [..., K] times a weight: MatMul(x, [K, N]), or Gemm(x, [N, K], transB=1); with the Add of a bias after it."""
+
+    node: ir.Node
+    parameter: str
+    outputs: int
+    depth: int
+    bias: tuple[ir.Node, ir.Value] | None
+
+
+def quantize(
+    model: ir.Model, stage: str, precision: str, weights: list[StoredWeight], kernels: str
+) -> list[StoredWeight]:
+    """Rewrite the linear layers of a lowered graph in place.
+
+    Args:
+        model: graph from `lower`.
+        stage: its name, for the tables above.
+        precision: of the engine.
+        weights: what `lower` gave.
+        kernels: "native" or "stock".
+
+    Returns:
+        What the initialisers are now to be filled with.
+    """
+    graph, rewritten = model.graph, {}
+    for linear in list(find_linears(graph, {stored.parameter for stored in weights})):
+        bits = bits_of(precision, stage, linear.parameter)
+        if bits < 32:
+            rewrite = _native if kernels == "native" else _stock8 if bits == 8 else _stock4
+            rewritten[linear.parameter] = rewrite(graph, linear, bits)
+            graph.opset_imports[NATIVE_DOMAIN if kernels == "native" else STOCK_DOMAIN] = 1
+    result = []
+    for stored in weights:
+        value = graph.initializers[stored.parameter]
+        if value.uses():  # a token embedding is looked up in float32 as well
+            result.append(stored)
+        else:
+            del graph.initializers[stored.parameter]
+        if stored.parameter in rewritten:
+            result.append(rewritten[stored.parameter])
+    return result
+
+
+def bits_of(precision: str, stage: str, weight: str) -> int:
+    """How many bits a weight gets, by the table above."""
+    wanted = precision, stage, weight
+    rows = (row[3] for row in BITS if all(map(fnmatch, wanted, row[:3])))
+    return next(rows, 32)
+
+
+def find_linears(graph: ir.Graph, parameters: set[str]) -> Iterator[Linear]:
+    """Products with a weight of the module, in the graph's order."""
+    for node in graph:
+        if node.domain or node.op_type not in ("MatMul", "Gemm") or len(node.inputs) != 2:
+            continue
+        weight = node.inputs[1]
+        if weight is None or weight.name not in parameters or weight.shape is None or weight.shape.rank() != 2:
+            continue
+        sizes = weight.shape.numpy()
+        outputs, depth = sizes if node.op_type == "Gemm" else reversed(sizes)
+        uses = [use.node for use in node.outputs[0].uses()]
+        add = uses[0] if len(uses) == 1 and uses[0].op_type == "Add" else None
+        others = [v for v in add.inputs if v is not None and v is not node.outputs[0]] if add else []
+        bias = next((v for v in others if v.name in parameters and v.shape == ir.Shape([outputs])), None)
+        yield Linear(node, weight.name, outputs, depth, (add, bias) if add and bias else None)
+
+
+def _native(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+    """-> blip2rt.QuantizedMatMul(x, tiles, scales, bias)"""
+    name, outputs, depth = linear.parameter, linear.outputs, linear.depth
+    tiles, groups = -(-outputs // twin.TILE), -(-depth // twin.GROUP)
+    packed = _initializer(graph, f"{name}.tiles", (tiles, -(-depth // 8) * twin.TILE * bits), ir.DataType.UINT8)
+    scales = _initializer(graph, f"{name}.scales", (tiles, groups, twin.TILE), ir.DataType.UINT16)
+    if linear.bias:
+        add, bias = linear.bias
+        last = add
+    else:
+        bias, last = _constant(graph, f"{name}.no_bias", np.zeros(outputs, np.float32)), linear.node
+    inputs = [linear.node.inputs[0], packed, scales, bias]
+    attributes = {"N": outputs, "K": depth, "bits": bits}
+    replace_node(graph, last, [ir.node("QuantizedMatMul", inputs, attributes=attributes, domain=NATIVE_DOMAIN)])
+    if linear.bias:
+        graph.remove(linear.node, safe=True)
+
+    def convert(weight: Tensor) -> Mapping[str, Array]:
+        values, scale = round_weight(weight, bits, twin.GROUP)
+        return {f"{name}.tiles": twin.pack_weight(values, bits), f"{name}.scales": twin.pack_scales(scale)}
+
+    return StoredWeight(name, convert)
+
+
+def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+    """-> x / s rounded to uint8, MatMulIntegerToFloat, times s; s [..., 1] is a row's largest magnitude over 127"""
+    name = linear.parameter
+    values = _initializer(graph, f"{name}.values", (linear.depth, linear.outputs), ir.DataType.INT8)
+    scales = _initializer(graph, f"{name}.scales", (linear.outputs,), ir.DataType.FLOAT)
+    one = _constant(graph, "quantize.one", np.float32(1))
+    middle = _constant(graph, "quantize.middle", np.uint8(128))
+    zero = _constant(graph, f"{name}.zero", np.int8(0))  # its own: ONNX Runtime may turn both to unsigned
+    least = _constant(graph, "quantize.least", np.float32(1e-30))  # a row of zeros stays one
+    levels = _constant(graph, "quantize.levels", np.float32(127))
+    last_axis = _constant(graph, "quantize.last_axis", np.array([-1], np.int64))
+    x = linear.node.inputs[0]
+    magnitude = ir.node("Abs", [x])
+    largest = ir.node("ReduceMax", [magnitude.outputs[0], last_axis], attributes={"keepdims": 1})
+    positive = ir.node("Max", [largest.outputs[0], least])
+    scale = ir.node("Div", [positive.outputs[0], levels])
+    scaled = ir.node("Div", [x, scale.outputs[0]])
+    rounded = ir.node("QuantizeLinear", [scaled.outputs[0], one, middle])
+    product = ir.node(
+        "MatMulIntegerToFloat", [rounded.outputs[0], values, one, scales, middle, zero], domain=STOCK_DOMAIN
+    )
+    result = ir.node("Mul", [product.outputs[0], scale.outputs[0]])
+    replace_node(graph, linear.node, [magnitude, largest, positive, scale, scaled, rounded, product, result])
+
+    def convert(weight: Tensor) -> Mapping[str, Array]:
+        rounded, scale = round_weight(weight, bits, weight.shape[1])
+        return {f"{name}.values": np.ascontiguousarray(rounded.T), f"{name}.scales": scale[:, 0]}
+
+    return StoredWeight(name, convert)
+
+
+def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+    """-> com.microsoft.MatMulNBits with blocks of 128 and activations in 8 bits, the fastest of its variants
+
+    It computes one row another way than the same row among others, so a row of zeros goes along.
+    """
+    name, block = linear.parameter, twin.GROUP
+    groups = -(-linear.depth // block)
+    values = _initializer(graph, f"{name}.values", (linear.outputs, groups, block // 2), ir.DataType.UINT8)
+    scales = _initializer(graph, f"{name}.scales", (linear.outputs, groups), ir.DataType.FLOAT)
+    sizes = {"N": linear.outputs, "K": linear.depth, "bits": bits, "block_size": block, "accuracy_level": 4}
+    zeros = _constant(graph, f"quantize.zeros_{linear.depth}", np.zeros((1, linear.depth), np.float32))
+    rows_of = _constant(graph, f"quantize.rows_of_{linear.depth}", np.array([-1, linear.depth], np.int64))
+    width = _constant(graph, f"quantize.width_{linear.outputs}", np.array([linear.outputs], np.int64))
+    first, last = (_constant(graph, f"quantize.index_{i}", np.array([i], np.int64)) for i in (0, -1))
+    x = linear.node.inputs[0]
+    rows = ir.node("Reshape", [x, rows_of])
+    padded = ir.node("Concat", [rows.outputs[0], zeros], attributes={"axis": 0})
+    product = ir.node("MatMulNBits", [padded.outputs[0], values, scales], attributes=sizes, domain=STOCK_DOMAIN)
+    wanted = ir.node("Slice", [product.outputs[0], first, last, first])
+    batch = ir.node("Shape", [x], attributes={"end": -1})
+    shape = ir.node("Concat", [batch.outputs[0], width], attributes={"axis": 0})
+    result = ir.node("Reshape", [wanted.outputs[0], shape.outputs[0]])
+    replace_node(graph, linear.node, [rows, padded, product, wanted, batch, shape, result])
+
+    def convert(weight: Tensor) -> Mapping[str, Array]:
+        rounded, scale = round_weight(weight, bits, block)
+        padded = np.full((linear.outputs, groups * block), 8, np.uint8)
+        padded[:, : linear.depth] = rounded + np.int8(8)
+        nibbles = (padded[:, 0::2] | padded[:, 1::2] << 4).reshape(linear.outputs, groups, block // 2)
+        return {f"{name}.values": nibbles, f"{name}.scales": scale}
+
+    return StoredWeight(name, convert)
+
+
+def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:
+    """An initialiser whose content `write_stage` will give."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.initializers.add(value)
+    return value
+
+
+def _constant(graph: ir.Graph, name: str, content: Array | np.generic) -> ir.Value:
+    """A small initialiser inside the graph, one for all who ask for the name."""
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.asarray(content), name=name)
+        graph.register_initializer(
+            ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
+            )
+        )
+    return graph.initializers[name]

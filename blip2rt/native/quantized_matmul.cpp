@@ -1,0 +1,78 @@
+// Which path runs, and how its work is shared between threads.
+#include "quantized_matmul.h"
+
+#include <cstring>
+#include <vector>
+
+namespace blip2rt {
+namespace {
+
+constexpr std::size_t kRowsOfWork = 8;   // rounded by one thread at a time
+constexpr std::size_t kTilesOfWork = 8;  // multiplied by one thread at a time
+
+bool can_run(const Path& path) {
+#ifdef BLIP2RT_X86
+    if (&path == &avx2_path) return __builtin_cpu_supports("avx2");
+    if (&path == &vnni_path) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
+#endif
+    return &path == &portable_path;
+}
+
+struct Work {
+    const Path* path;
+    const Weight* weight;
+    const float* x;
+    Rounded rounded;
+    float* y;
+};
+
+void round_rows(void* data, std::size_t i) {
+    const Work& work = *static_cast<const Work*>(data);
+    const std::size_t end = (i + 1) * kRowsOfWork < work.rounded.rows ? (i + 1) * kRowsOfWork : work.rounded.rows;
+    for (std::size_t row = i * kRowsOfWork; row < end; ++row)
+        work.path->round_row(*work.weight, work.x + row * work.weight->depth, row, work.rounded);
+}
+
+void multiply(void* data, std::size_t i) {
+    const Work& work = *static_cast<const Work*>(data);
+    const std::size_t tiles = work.weight->tiles();
+    const std::size_t end = (i + 1) * kTilesOfWork < tiles ? (i + 1) * kTilesOfWork : tiles;
+    work.path->multiply(*work.weight, work.rounded, i * kTilesOfWork, end, work.y);
+}
+
+std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+const Path* find_path(const char* name) {
+#ifdef BLIP2RT_X86
+    const Path* const paths[] = {&vnni_path, &avx2_path, &portable_path};
+#else
+    const Path* const paths[] = {&portable_path};
+#endif
+    for (const Path* path : paths)
+        if (can_run(*path) && (!name || std::strcmp(name, path->name) == 0)) return path;
+    return nullptr;
+}
+
+bool quantized_matmul(const Path& path, const Weight& weight, const float* x, std::size_t rows, float* y,
+                      const Threads& threads) {
+    static thread_local std::vector<std::uint64_t> scratch;  // kept: a step calls this a hundred times
+    const std::size_t groups = weight.groups();
+    for (std::size_t row = 0; row < rows; row += kRowsAtOnce) {
+        const std::size_t count = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
+        const std::size_t cells = groups * count, bytes = cells * kGroup * path.value_bytes(weight.bits);
+        scratch.resize(divide_up(bytes, 8) + cells);
+        float* scales = reinterpret_cast<float*>(scratch.data() + divide_up(bytes, 8));
+        const Rounded rounded = {scratch.data(), scales, reinterpret_cast<std::int32_t*>(scales + cells), count};
+        Work work = {&path, &weight, x + row * weight.depth, rounded, y + row * weight.outputs};
+        if (count <= kRowsOfWork)
+            round_rows(&work, 0);
+        else if (!threads.run(threads.context, round_rows, divide_up(count, kRowsOfWork), &work))
+            return false;
+        if (!threads.run(threads.context, multiply, divide_up(weight.tiles(), kTilesOfWork), &work)) return false;
+    }
+    return true;
+}
+
+}  // namespace blip2rt
