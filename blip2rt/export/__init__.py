@@ -7,19 +7,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import torch
 
 from .. import __version__
 from ..engine_directory import building, describe_files
 from ..errors import CheckpointError, ExportError, InputError
-from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
+from ..manifest import GENERATIVE, RETRIEVAL, ImageSpec, Manifest, Stage, TokenSpec
 from ..model import Checkpoint, CheckpointSource
-from ..model.config import Blip2Config, T5Config, stop_token_ids
+from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
+from ..model.retrieval import stored_name
 from ..model.weight_files import read_json
 from ..progress import Progress
 from .graphs import stage_specs, trace_stage
 from .lower import lower
-from .tokenizer_files import write_tokenizer
+from .tokenizer_files import write_text_tokenizer, write_tokenizer
 from .verify import compare_engine
 from .weights import write_stage
 
@@ -34,6 +36,7 @@ def export_engine(
     precision: str = "fp32",
     device: str = "cpu",
     tokenizer: str | Path | None = None,
+    text_tokenizer: str | Path | None = None,
     force: bool = False,
 ) -> Path:
     """Build the engine directory of a checkpoint and prove it against the reference model.
@@ -46,6 +49,7 @@ def export_engine(
         precision: "fp32".
         device: "cpu".
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
+        text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model; None: the model's own.
         force: replace an engine that is there.
 
     Returns:
@@ -66,31 +70,46 @@ def export_engine(
         raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     checkpoint = Checkpoint(model)
     config = checkpoint.config
-    if not isinstance(config, Blip2Config):
-        raise CheckpointError(f"{model} is a retrieval model: blip2rt exports models with a language model so far")
+    is_retrieval = isinstance(config, RetrievalConfig)
+    if is_retrieval and tokenizer:
+        raise InputError(
+            f"{checkpoint.source.model} is a retrieval model without a language model: pass --text-tokenizer for BERT's"
+        )
+    if text_tokenizer and not is_retrieval:
+        raise InputError(
+            f"{checkpoint.source.model} has a language model and no retrieval heads: pass --tokenizer for its tokenizer"
+        )
     if output is None:
         output = Path("engines") / f"{checkpoint.name}-{precision}-{device}"
     try:
         os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
-    tokenizer_directory = Path(tokenizer) if tokenizer else checkpoint.directory
+    chosen = text_tokenizer if is_retrieval else tokenizer
+    tokenizer_directory = Path(chosen) if chosen else checkpoint.directory
     if tokenizer_directory is None:
-        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with --tokenizer")
+        option = "--text-tokenizer" if is_retrieval else "--tokenizer"
+        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with {option}")
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
     with building(output, force=force, needed=4 * sum(parameters.values())) as directory:
-        tokens = _token_spec(config)
-        write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
+        if isinstance(config, RetrievalConfig):
+            tokens = write_text_tokenizer(tokenizer_directory, directory, config.qformer.vocab_size)
+        else:
+            tokens = _token_spec(config)
+            write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
         reference = checkpoint.build()
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
+        written: dict[tuple[str, bool], ir.ExternalTensor] = {}
         for stage, spec in specs.items():
             module = reference.get_submodule(stage)
             graph = trace_stage(module, spec)
             weights = lower(graph, {name for name, _ in module.named_parameters()})
-            write_stage(graph, weights, partial(_read, checkpoint, stage), directory / f"{stage}.onnx", bar.advance)
+            path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
+            write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
         bar.close()
         manifest = Manifest(
+            kind=RETRIEVAL if is_retrieval else GENERATIVE,
             name=Path(output).name,
             source_id=str(checkpoint.source.model),
             source_sha256=checkpoint.sha256(),
@@ -119,6 +138,10 @@ def export_engine(
 
 def _read(checkpoint: Checkpoint, stage: str, name: str) -> torch.Tensor:
     return checkpoint.parameter(f"{stage}.{name}")
+
+
+def _stored_name(stage: str, name: str) -> str:
+    return stored_name(f"{stage}.{name}")
 
 
 def _token_spec(config: Blip2Config) -> TokenSpec:
