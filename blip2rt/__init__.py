@@ -24,13 +24,14 @@ if TYPE_CHECKING:
     from .results import Caption as Caption
     from .results import Generation as Generation
     from .results import ImageFeatures as ImageFeatures
+    from .results import MatchScores as MatchScores
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "pipeline",
     "GenerationOptions": "options",
-    **dict.fromkeys(("Answer", "Caption", "Generation", "ImageFeatures"), "results"),
+    **dict.fromkeys(("Answer", "Caption", "Generation", "ImageFeatures", "MatchScores"), "results"),
     **dict.fromkeys(
         ("Blip2rtError", "CheckpointError", "EngineError", "ExportError", "ImageError", "InputError", "OutputError"),
         "errors",

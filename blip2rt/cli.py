@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from . import __version__
 from .errors import Blip2rtError, ImageError, InputError
+from .inputs import BATCH_SIZE
 from .options import GenerationOptions, resolve_options
-from .pipeline import ANSWER_DEFAULTS, BATCH_SIZE, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
+from .pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
 from .progress import progress
 from .results import Generation
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
+MATCH_KEYS = ("itc", "itm", "itm_probability")
 OPTION_TYPES: dict[str, Callable[[str], Any]] = {
     "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
     "rules": str,
@@ -68,6 +70,7 @@ def export(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         device=arguments.device,
         tokenizer=arguments.tokenizer,
+        text_tokenizer=arguments.text_tokenizer,
         force=arguments.force,
     )
     print(f"built {engine}", file=sys.stderr)
@@ -124,6 +127,29 @@ def bulk(arguments: argparse.Namespace) -> int:
         report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)
     print(json.dumps(asdict(report)) if arguments.json else report, file=sys.stdout if arguments.json else sys.stderr)
     return int(bool(report.failed) and not report.answered + report.kept + report.skipped)
+
+
+def match(arguments: argparse.Namespace) -> int:
+    """Score pictures against texts: does this text describe this picture?"""
+    pipe = Pipeline(arguments.engine, name=arguments.name, threads=arguments.threads)
+    engine = pipe.retrieval_engine
+    engine.token_ids(arguments.text)  # a wrong call is refused before a picture is looked at
+    status = 0
+    for path in progress(arguments.images, "images", total=len(arguments.images)):
+        row: dict[str, Any] = {"image": path}
+        try:
+            scores = pipe.match(path, arguments.text)
+        except ImageError as error:
+            status = 1
+            empty: dict[str, Any] = dict.fromkeys(("text", "score", *MATCH_KEYS))
+            _write_line(row | empty | {"error": str(error)}, f"blip2rt: {path}: {error}", arguments.json, sys.stderr)
+            continue
+        for i, text in enumerate(arguments.text):
+            found = {key: float(getattr(scores, key)[0, i]) for key in MATCH_KEYS}
+            row |= {"text": text, "score": found["itm"] + found["itc"], **found, "error": None}
+            shown = f"{path}: {found['itm_probability']:.4f} itm {found['itm']:+.4f} itc {found['itc']:+.4f}  {text}"
+            _write_line(row, shown, arguments.json)
+    return status
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -208,14 +234,22 @@ def _write_row(path: str, result: Generation | None, error: ImageError | None, a
         row |= {key: getattr(result, key, None) for key in RESULT_KEYS}
         others = result.alternatives if result else []
         row |= {"alternatives": [{key: getattr(other, key) for key in RESULT_KEYS} for other in others]}
-        line = json.dumps(row | {"error": str(error) if error else None}, ensure_ascii=False)
-        # a file name that is no UTF-8 is escaped, as Python's json reads it: each line stays valid JSON
-        print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
+        _write_line(row | {"error": str(error) if error else None}, "", as_json)
     elif result is None:
         print(f"blip2rt: {path}: {error}", file=sys.stderr)
     else:
         for text in (result.text, *(other.text for other in result.alternatives)):
             print(f"{path}: {text}", flush=True)
+
+
+def _write_line(row: Mapping[str, Any], shown: str, as_json: bool, stream: TextIO | None = None) -> None:
+    """A row as JSON on stdout, or what people see of it on `stream`."""
+    if as_json:
+        line = json.dumps(row, ensure_ascii=False)
+        # a file name that is no UTF-8 is escaped, as Python's json reads it: each line stays valid JSON
+        print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
+    else:
+        print(shown, file=stream, flush=True)
 
 
 def _drop_unwritten_output() -> None:
@@ -257,6 +291,9 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
     exporter.add_argument("--device", default="cpu", help="cpu")
     exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
+    exporter.add_argument(
+        "--text-tokenizer", help="directory of BERT's tokenizer, for retrieval (default: the model's)"
+    )
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
 
     converter = command(convert)
@@ -276,6 +313,12 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
         _add_options(added)
     _add_bulk(command(bulk))
+
+    matcher = command(match)
+    matcher.add_argument("images", nargs="+", metavar="IMAGE")
+    matcher.add_argument("--text", action="append", required=True, help="a text to compare with; may be given again")
+    _add_engine(matcher)
+    matcher.add_argument("--threads", type=int, help="cores to use (default: all)")
 
     verifier = command(verify)
     verifier.add_argument("engine", metavar="ENGINE")

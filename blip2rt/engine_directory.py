@@ -1,7 +1,7 @@
 """An engine directory as a whole: find it, check its files, and replace it in one step.
 
-`find_engine` says which directory to open, `check_files` whether it is whole, and `with building(output) as new` gives
-a directory to fill that takes the place of `output` at the end of the block.
+`find_engines` says which directories to open, `check_files` whether one is whole, and `with building(output) as new`
+gives a directory to fill that takes the place of `output` at the end of the block.
 """
 
 import ctypes
@@ -19,7 +19,8 @@ from os import PathLike
 from pathlib import Path
 
 from .errors import EngineError, ExportError, InputError
-from .manifest import GENERATIVE, MANIFEST_NAME, FileEntry, Manifest
+from .manifest import GENERATIVE, MANIFEST_NAME, NATIVE, FileEntry, Manifest
+from .native import native_path
 
 HASHED_ON_OPENING = 16 * 2**20  # bytes: files below this are hashed whenever an engine is opened, larger ones are not
 BUILD_ONE = "build one with `blip2rt export` (into engines/<model>-<precision>-<device> unless --output says otherwise)"
@@ -31,14 +32,25 @@ NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # said by file sys
 
 
 def find_engine(path: str | PathLike[str], name: str | None = None) -> Path:
-    """The engine at `path`: itself where it has a manifest, else the one generative engine among its subfolders.
-
-    Args:
-        path: an engine directory, or a folder of them.
-        name: the subfolder to take, for a folder with several.
+    """The one engine that is meant: of `find_engines` the one called `name`, else the generative one.
 
     Raises:
         EngineError: none there, or several; it lists what there is, or says how to build one.
+    """
+    engines = find_engines(path, name)
+    named = [engine for engine in engines.values() if name in (engine.name, engine.resolve().name)]
+    return named[0] if named else engines.get(GENERATIVE, next(iter(engines.values())))
+
+
+def find_engines(path: str | PathLike[str], name: str | None = None) -> dict[str, Path]:
+    """The engines at `path` by kind: itself where it has a manifest, else one of each kind among its subfolders.
+
+    Args:
+        path: an engine directory, or a folder of them.
+        name: the subfolder to take, where there are several of its kind.
+
+    Raises:
+        EngineError: none there, or several of a kind; it lists what there is, or says how to build one.
     """
     path = Path(path)
     if not os.path.exists(path):  # where Path.exists raises, this is False: no permission, a name too long
@@ -48,20 +60,22 @@ def find_engine(path: str | PathLike[str], name: str | None = None) -> Path:
     if os.path.exists(path / MANIFEST_NAME):
         if name not in (None, path.resolve().name):
             raise EngineError(f"{path} is itself an engine, so there is no {name!r} to pick in it: leave out the name")
-        return path
+        return {Manifest.read(path).kind: path}
     engines = _engines_in(path)
     if not engines:
         raise EngineError(f"there is no engine in {path}: {BUILD_ONE}")
-    if name is not None:
-        if name not in engines:
-            raise EngineError(f"there is no engine {name!r} in {path}, only {', '.join(engines)}: pick one of these")
-        return engines[name]
-    found = [name for name, engine in engines.items() if Manifest.read(engine).kind == GENERATIVE]
-    if not found:
-        raise EngineError(f"none of {', '.join(engines)} in {path} is a {GENERATIVE} engine: {BUILD_ONE}")
-    if len(found) > 1:
-        raise EngineError(f"{path} has {len(found)} {GENERATIVE} engines, {', '.join(found)}: pick one with name=...")
-    return engines[found[0]]
+    if name is not None and name not in engines:
+        raise EngineError(f"there is no engine {name!r} in {path}, only {', '.join(engines)}: pick one of these")
+    kinds: dict[str, list[str]] = {}
+    for engine, directory in engines.items():
+        kinds.setdefault(Manifest.read(directory).kind, []).append(engine)
+    found = {}
+    for kind, names in kinds.items():
+        if len(names) == 1 or name in names:
+            found[kind] = engines[name if name is not None and name in names else names[0]]
+        elif name is None:
+            raise EngineError(f"{path} has {len(names)} {kind} engines, {', '.join(names)}: pick one with name=...")
+    return found
 
 
 def _engines_in(folder: Path) -> dict[str, Path]:
@@ -71,6 +85,28 @@ def _engines_in(folder: Path) -> dict[str, Path]:
     except OSError as error:
         raise EngineError(f"{folder} cannot be read ({error.strerror}): see to its permissions") from None
     return {p.name: p for p in paths if not p.name.startswith(".") and os.path.exists(p / MANIFEST_NAME)}
+
+
+def checked_manifest(directory: Path, device: str | None) -> Manifest:
+    """The manifest of an engine that is whole and was built for `device`; None: for whatever it was built.
+
+    Raises:
+        EngineError: damaged, newer than this program, or built for another device.
+    """
+    manifest = Manifest.read(directory)
+    if device not in (None, manifest.device) or manifest.device != "cpu":
+        raise EngineError(
+            f"{directory} was built for {manifest.device!r}, not {device or 'cpu'!r}: build one with "
+            f"`blip2rt export --model {manifest.source_id} --device {device or 'cpu'}`"
+        )
+    if manifest.kernels == NATIVE and native_path() is None:
+        raise EngineError(
+            f"{directory} runs on the native kernels, which this installation lacks: install blip2rt where there is a "
+            "C++ compiler (and do not set BLIP2RT_KERNELS=stock), or build an engine without them here: "
+            f"`blip2rt export --model {manifest.source_id} --precision {manifest.precision} --force`"
+        )
+    check_files(manifest, directory)
+    return manifest
 
 
 def check_files(manifest: Manifest, directory: str | PathLike[str], full: bool = False) -> None:

@@ -15,12 +15,13 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .errors import EngineError, ExportError
-from .stages import GENERATIVE_STAGES, StageSpec
+from .stages import GENERATIVE_STAGES, RETRIEVAL_STAGES, StageSpec
 
 FORMAT_REVISION = 1  # raise it when an older blip2rt would misread the directory
 MANIFEST_NAME = "manifest.json"
-GENERATIVE = "generative"
-STAGES_OF_KIND = {GENERATIVE: GENERATIVE_STAGES}  # the stages that an engine of each kind cannot do without
+GENERATIVE, RETRIEVAL = "generative", "retrieval"
+# the stages that an engine of each kind cannot do without
+STAGES_OF_KIND = {GENERATIVE: GENERATIVE_STAGES, RETRIEVAL: RETRIEVAL_STAGES}
 
 STOCK, NATIVE = KERNELS = ("stock", "native")  # operators of ONNX Runtime alone, or the ones of native/ as well
 
@@ -42,6 +43,7 @@ class TokenSpec:
     """Token ids of the inner language model. `image` stands for a query slot in the history that penalties see.
 
     `bos` starts what is generated: OPT's stands between query slots and prompt, T5's is the decoder's start token.
+    Of a retrieval engine: ids of the Q-Former, whose texts begin with `bos` ([CLS]) and end with `stop` ([SEP]).
     """
 
     bos: int

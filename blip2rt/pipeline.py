@@ -10,6 +10,7 @@ prompt ── tokenizer ──> prompts      B lists of ids
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -17,14 +18,15 @@ import numpy as np
 
 from .backends import Stage
 from .decoder import CachedDecoder, padded
-from .engine_directory import check_files, find_engine
-from .errors import EngineError, ImageError, InputError
-from .manifest import NATIVE, Manifest
-from .native import native_path
+from .engine_directory import checked_manifest, find_engines
+from .errors import EngineError, InputError
+from .inputs import BATCH_SIZE, as_list, checked_text, checked_texts, in_batches, is_list
+from .manifest import GENERATIVE, RETRIEVAL
 from .options import GenerationOptions, ResolvedOptions, resolve_options
 from .preprocess import ImageSource, preprocess
 from .progress import progress
-from .results import Answer, Caption, Generation, ImageFeatures
+from .results import Answer, Caption, Generation, ImageFeatures, MatchScores
+from .retrieval import RetrievalEngine
 from .search import RowSearch, TokenSequence, run_searches, start_search
 from .stages import DECODER, ENCODER, MASKED, QFORMER, VISION
 from .tokenizer import CAPTION_PROMPT, QUESTION_PROMPT, SHORT_QUESTION_PROMPT, Tokenizer
@@ -36,7 +38,6 @@ Kind = TypeVar("Kind", bound=Generation)
 CAPTION_DEFAULTS = {"num_beams": 5, "max_new_tokens": 30}
 ANSWER_DEFAULTS = {"num_beams": 5, "max_new_tokens": 10, "length_penalty": -1.0}
 GENERATE_DEFAULTS = {"max_new_tokens": 20}
-BATCH_SIZE = 8  # images that go through the engines together; answers do not depend on it
 
 
 class Pipeline:
@@ -56,34 +57,31 @@ class Pipeline:
         threads: int | None = None,
         device: str | None = None,
     ):
-        """Open an engine directory, or the one engine in a folder of them.
+        """Open an engine directory, or of a folder of them the one generative and the one retrieval engine.
 
         Args:
-            path: an engine directory, or a folder that holds one.
-            name: which engine of the folder, where it holds several.
+            path: an engine directory, or a folder that holds some.
+            name: which engine of the folder, where it holds several of a kind.
             threads: cores to use; None: all that this process may use.
             device: None: what the engine was built for.
 
         Raises:
-            EngineError: none there, several, damaged, newer than this program, or built for another device.
+            EngineError: none there, several of a kind, damaged, newer than this program, or built for another device.
             InputError: a wrong argument.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads must be a whole number of at least 1, not {threads!r}")
-        self.directory = find_engine(path, name)
-        self.manifest = Manifest.read(self.directory)
-        if device not in (None, self.manifest.device) or self.manifest.device != "cpu":
-            raise EngineError(
-                f"{self.directory} was built for {self.manifest.device!r}, not {device or 'cpu'!r}: build one with "
-                f"`blip2rt export --model {self.manifest.source_id} --device {device or 'cpu'}`"
-            )
-        if self.manifest.kernels == NATIVE and native_path() is None:
-            raise EngineError(
-                f"{self.directory} runs on the native kernels, which this installation lacks: install blip2rt where "
-                "there is a C++ compiler (and do not set BLIP2RT_KERNELS=stock), or build an engine without them here: "
-                f"`blip2rt export --model {self.manifest.source_id} --precision {self.manifest.precision} --force`"
-            )
-        check_files(self.manifest, self.directory)
+        engines = find_engines(path, name)
+        manifests = {kind: checked_manifest(directory, device) for kind, directory in engines.items()}
+        self._retrieval = (
+            RetrievalEngine(engines[RETRIEVAL], manifests[RETRIEVAL], threads) if RETRIEVAL in engines else None
+        )
+        kind = GENERATIVE if GENERATIVE in engines else RETRIEVAL
+        self.directory, self.manifest = engines[kind], manifests[kind]
+        if kind == GENERATIVE:
+            self._open_generative(threads)
+
+    def _open_generative(self, threads: int | None) -> None:
         stages = {
             stage: Stage(stage, self.directory / entry.file, threads) for stage, entry in self.manifest.stages.items()
         }
@@ -114,8 +112,73 @@ class Pipeline:
         Raises:
             ImageError: a picture that cannot be read; in a list it names the index.
         """
-        features = self._encode(_as_list(images), 0 if _is_list(images) else None)
-        return features if _is_list(images) else features[0]
+        sources, first_index = as_list(images), 0 if is_list(images) else None
+        seen = self.retrieval_features(sources, first_index) if self._retrieval else None
+        if self.manifest.kind == GENERATIVE:
+            features = self._encode(sources, first_index)
+            features = [replace(f, retrieval=r) for f, r in zip(features, seen, strict=True)] if seen else features
+        else:
+            features = seen or []
+        return features if is_list(images) else features[0]
+
+    def embed_images(self, images: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """ITC embeddings [I, Q, E] of one image or a list of images: unit vectors, one for each query.
+
+        Raises:
+            ImageError: a picture that cannot be read.
+            EngineError: no retrieval engine is open.
+        """
+        seen = self.retrieval_features(as_list(images), 0 if is_list(images) else None)
+        return np.stack([f.itc_embeds for f in seen if f.itc_embeds is not None])
+
+    def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """ITC embeddings [T, E] of one text or a list of texts: unit vectors.
+
+        Raises:
+            InputError: empty texts, or ones longer than the model's positions.
+            EngineError: no retrieval engine is open.
+        """
+        engine = self.retrieval_engine
+        return engine.embed(engine.token_ids(texts))
+
+    def match(self, images: Any, texts: str | Sequence[str]) -> MatchScores:
+        """Scores of every image with every text, each [I, T].
+
+        Raises:
+            InputError: wrong images (`ImageError`), empty texts, or ones longer than the model's positions.
+            EngineError: no retrieval engine is open.
+        """
+        engine = self.retrieval_engine
+        ids = engine.token_ids(texts)  # wrong ones are refused before a picture is looked at
+        return engine.match(self.retrieval_features(as_list(images), 0 if is_list(images) else None), ids)
+
+    def retrieval_features(self, images: Sequence[Any], first_index: int | None = 0) -> list[ImageFeatures]:
+        """What the retrieval engine sees in images; `encode` gives this and what the language model's engine sees.
+
+        Args:
+            images: a list.
+            first_index: what errors call the first of them; None: they name no index.
+
+        Raises:
+            ImageError: a picture that cannot be read.
+            EngineError: no retrieval engine is open.
+        """
+        engine = self.retrieval_engine
+        return in_batches(images, first_index, engine.preprocess, engine.see, engine.checked_features)
+
+    @property
+    def retrieval_engine(self) -> RetrievalEngine:
+        """The retrieval engine.
+
+        Raises:
+            EngineError: none is open.
+        """
+        if self._retrieval is None:
+            raise EngineError(
+                f"{self.directory} is a {GENERATIVE} engine, without ITC and ITM heads: build a {RETRIEVAL} engine "
+                "beside it with `blip2rt export --model CHECKPOINT` (of stage 1) and open the folder that holds both"
+            )
+        return self._retrieval
 
     def caption(
         self,
@@ -146,11 +209,12 @@ class Pipeline:
             InputError: wrong images (`ImageError`), questions or options.
         """
         resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
+        self._check_generative()
         template = QUESTION_PROMPT if self._encoder is None else SHORT_QUESTION_PROMPT
         if isinstance(question, str):
             prompts: str | list[str] = template.format(question)
         else:
-            prompts = [template.format(_checked_text(text)) for text in _checked_texts(question)]
+            prompts = [template.format(checked_text(text)) for text in checked_texts(question)]
         return self._generate(Answer, images, prompts, resolved)
 
     def generate(
@@ -180,42 +244,42 @@ class Pipeline:
         if resolved.num_rows > 1:
             option = "num_beams" if resolved.num_beams > 1 else "num_return_sequences"
             raise InputError(f"{option}={resolved.num_rows} cannot be streamed: a stream is one sequence")
-        if _is_list(image):
+        if is_list(image):
             raise InputError("stream takes one image, not a list")
+        self._check_generative()
         prompts = self._prompts(prompt, 1, resolved)
         return self._stream(self._encode([image], None), prompts, resolved)
 
     def _generate(self, kind: type[Kind], images: Any, prompt: Any, options: ResolvedOptions) -> Any:
-        images_list = _as_list(images)
-        if not _is_list(images) and not isinstance(prompt, str):
+        self._check_generative()
+        images_list = as_list(images)
+        if not is_list(images) and not isinstance(prompt, str):
             raise InputError(f"one image takes one prompt (a string), not {type(prompt).__name__}")
         prompts = self._prompts(prompt, len(images_list), options)
         results: list[Kind] = []
         starts = range(0, len(images_list), BATCH_SIZE)
         for start in progress(starts, "images", total=len(images_list), step=BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            features = self._encode(images_list[batch], start if _is_list(images) else None)
+            features = self._encode(images_list[batch], start if is_list(images) else None)
             results += self._decode(kind, features, prompts[batch], options)
-        return results if _is_list(images) else results[0]
+        return results if is_list(images) else results[0]
+
+    def _check_generative(self) -> None:
+        if self.manifest.kind != GENERATIVE:
+            raise EngineError(
+                f"{self.directory} is a {RETRIEVAL} engine, without a language model: build a {GENERATIVE} engine "
+                "beside it with `blip2rt export --model CHECKPOINT` (of stage 2) and open the folder that holds both"
+            )
 
     def _encode(self, images: Sequence[Any], first_index: int | None) -> list[ImageFeatures]:
-        """Features of images, `BATCH_SIZE` pictures at a time; those that are features already are checked only."""
-        features: dict[int, ImageFeatures] = {}
-        pictures = [i for i, image in enumerate(images) if not isinstance(image, ImageFeatures)]
-        for start in range(0, len(pictures), BATCH_SIZE):
-            places = pictures[start : start + BATCH_SIZE]
-            pixel_values = np.stack([self._preprocess(images[i], i, first_index) for i in places])  # [B, 3, S, S]
+        """Features of images for the language model; those that are features already are checked only."""
+
+        def run(pixel_values: np.ndarray[Any, Any]) -> list[ImageFeatures]:
             image_embeds = self._vision(pixel_values=pixel_values)["image_embeds"]  # [B, N+1, Dv]
             queries = self._qformer(image_embeds=image_embeds)  # query_embeds [B, Q, Dq], prefix [B, Q, D]
-            for row, i in enumerate(places):
-                features[i] = ImageFeatures(image_embeds[row], queries["query_embeds"][row], queries["prefix"][row])
-        return [features.get(i) or self._checked_features(image) for i, image in enumerate(images)]
+            return list(map(ImageFeatures, image_embeds, queries["query_embeds"], queries["prefix"]))
 
-    def _preprocess(self, image: Any, place: int, first_index: int | None) -> Array:
-        try:
-            return self.preprocess(image)
-        except ImageError as error:
-            raise ImageError(error.reason, None if first_index is None else first_index + place) from error
+        return in_batches(images, first_index, self.preprocess, run, self._checked_features)
 
     def _checked_features(self, features: ImageFeatures) -> ImageFeatures:
         wanted = self.manifest.stages[QFORMER].signature.outputs[1].shape[1:]  # (Q, D)
@@ -226,7 +290,7 @@ class Pipeline:
 
     def _prompts(self, prompt: Any, num_images: int, options: ResolvedOptions) -> list[list[int]]:
         """Token ids of the prompt of every image, checked against the positions that the model has."""
-        if not isinstance(prompt, str) and len(_checked_texts(prompt)) != num_images:
+        if not isinstance(prompt, str) and len(checked_texts(prompt)) != num_images:
             raise InputError(f"{len(prompt)} prompts for {num_images} images: give one prompt, or one for every image")
         ids = [self._tokenizer.encode(text) for text in ([prompt] * num_images if isinstance(prompt, str) else prompt)]
         num_queries = self._num_queries
@@ -313,32 +377,3 @@ class Pipeline:
     @property
     def _num_queries(self) -> int:
         return int(self.manifest.stages[QFORMER].signature.outputs[1].shape[1])
-
-
-def _is_list(images: Any) -> bool:
-    return isinstance(images, list | tuple)
-
-
-def _as_list(images: Any) -> list[Any]:
-    """One image as a list of one.
-
-    Raises:
-        InputError: an empty list.
-    """
-    if not _is_list(images):
-        return [images]
-    if not images:
-        raise InputError("the list of images is empty")
-    return list(images)
-
-
-def _checked_texts(texts: Any) -> list[Any]:
-    if not _is_list(texts):
-        raise InputError(f"prompts must be a string or a list of strings, not {type(texts).__name__}")
-    return list(texts)
-
-
-def _checked_text(text: Any) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"a prompt must be a string, not {type(text).__name__}")
-    return text

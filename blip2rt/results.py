@@ -38,3 +38,14 @@ class ImageFeatures:
     image_embeds: np.ndarray[Any, np.dtype[np.float32]]  # [N+1, Dv], after the vision norm
     query_embeds: np.ndarray[Any, np.dtype[np.float32]]  # [Q, Dq]
     prefix: np.ndarray[Any, np.dtype[np.float32]] | None = None  # [Q, D], for the language model
+    itc_embeds: np.ndarray[Any, np.dtype[np.float32]] | None = None  # [Q, E], unit vectors, of a retrieval engine
+    retrieval: "ImageFeatures | None" = None  # what the retrieval engine saw, where one stands beside
+
+
+@dataclass(frozen=True, eq=False)
+class MatchScores:
+    """How well I images and T texts match, each [I, T]. Retrieval ranks by the sum of `itm` and `itc`."""
+
+    itc: np.ndarray[Any, np.dtype[np.float32]]  # cosine, largest over the queries, without temperature
+    itm: np.ndarray[Any, np.dtype[np.float32]]  # the "matched" logit, mean over the queries
+    itm_probability: np.ndarray[Any, np.dtype[np.float32]]  # softmax over the two logits

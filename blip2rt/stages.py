@@ -2,7 +2,8 @@
 
 Shape legend, used in every comment of the project:
     B images, K beams, N patches, Q queries, P prompt tokens, S new rows, C cache capacity,
-    E encoder rows, R rows that want logits, D width, H heads, d head width, V vocabulary.
+    E encoder rows, R rows that want logits, D width, H heads, d head width, V vocabulary,
+    L text tokens of the Q-Former, E (of embeddings) width of the space that images and texts share.
 
 A picture becomes text in three stages:
 
@@ -19,12 +20,24 @@ A row is a token, or, where its id is negative, a row of `prefix`. The decoder i
 new rows are written to rows `write_indices[b] ...` of the cache, and `mask` says which cached rows each new row may
 see: this is what lets the K beams of an image share one cache as the branches of a tree. T5 tells rows apart by their
 depth in the tree: `positions` of the new ones, `cached_positions` of all.
+
+A picture and a text are compared in four:
+
+    pixel_values              -> vision  -> image_embeds
+    image_embeds              -> qformer -> query_embeds [B,Q,Dq], itc_embeds [B,Q,E]        unit vectors
+    text_ids [B,L], text_mask -> text    -> text_embeds [B,L,Dq], itc_embeds [B,E]
+    image_embeds, text_ids .. -> itm     -> multimodal_embeds [B,Q,Dq], itm_logits [B,Q,2]   no match, match
+
+Here B counts texts in the text stage and pairs in the itm stage. `text_mask` [B,1,1,L] is 0 for tokens and `MASKED` for
+padding.
 """
 
 from dataclasses import dataclass
 
 VISION, QFORMER, ENCODER, DECODER = "vision", "qformer", "encoder", "decoder"
 GENERATIVE_STAGES = (VISION, QFORMER, DECODER)
+TEXT, ITM = "text", "itm"
+RETRIEVAL_STAGES = (VISION, QFORMER, TEXT, ITM)
 
 MASKED = -3.4028234663852886e38  # finfo(float32).min: -inf would give NaN in a row that sees nothing
 
@@ -70,6 +83,47 @@ def qformer_spec(
             TensorSpec("prefix", "float32", ("B", num_queries, language_width)),
         ),
     )
+
+
+def image_embedding_spec(
+    num_tokens: int, vision_width: int, num_queries: int, qformer_width: int, shared_width: int
+) -> StageSpec:
+    """Q-Former of a retrieval engine: what the queries saw, and as unit vectors in the space of the texts."""
+    return StageSpec(
+        inputs=(TensorSpec("image_embeds", "float32", ("B", num_tokens, vision_width)),),
+        outputs=(
+            TensorSpec("query_embeds", "float32", ("B", num_queries, qformer_width)),
+            TensorSpec("itc_embeds", "float32", ("B", num_queries, shared_width)),
+        ),
+    )
+
+
+def text_embedding_spec(qformer_width: int, shared_width: int) -> StageSpec:
+    """Texts alone through the Q-Former; the unit vector is that of the first token."""
+    return StageSpec(
+        inputs=_TEXT_INPUTS,
+        outputs=(
+            TensorSpec("text_embeds", "float32", ("B", "L", qformer_width)),
+            TensorSpec("itc_embeds", "float32", ("B", shared_width)),
+        ),
+    )
+
+
+def itm_spec(num_tokens: int, vision_width: int, num_queries: int, qformer_width: int) -> StageSpec:
+    """Queries and text together before a picture; the logit of a pair is the mean over its queries."""
+    return StageSpec(
+        inputs=(TensorSpec("image_embeds", "float32", ("B", num_tokens, vision_width)), *_TEXT_INPUTS),
+        outputs=(
+            TensorSpec("multimodal_embeds", "float32", ("B", num_queries, qformer_width)),
+            TensorSpec("itm_logits", "float32", ("B", num_queries, 2)),
+        ),
+    )
+
+
+_TEXT_INPUTS = (
+    TensorSpec("text_ids", "int64", ("B", "L")),
+    TensorSpec("text_mask", "float32", ("B", 1, 1, "L")),
+)
 
 
 def encoder_spec(num_layers: int, num_heads: int, head_width: int, width: int) -> StageSpec:

@@ -13,7 +13,7 @@ QUESTION_PROMPT = "Question: {} Answer:"  # for OPT: BLIP-2 paper, section 4.1
 SHORT_QUESTION_PROMPT = "Question: {} Short answer:"  # for FLAN-T5: the same place
 
 
-class Tokenizer:
+class _TokenizerFile:
     """The tokenizer of an engine directory."""
 
     def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int, for_encoder: bool = False):
@@ -38,27 +38,69 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
+    def _ids(self, text: str, what: str, with_special: bool = False) -> list[int]:
+        """Ids, with the tokenizer's own special tokens or without; `what` names the text in errors.
+
+        Raises:
+            InputError: not a string, not valid text, or text with an id beyond the embedding rows.
+        """
+        if not isinstance(text, str):
+            raise InputError(f"{what} must be a string, not {type(text).__name__}")
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=with_special).ids
+        except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair
+            raise InputError(f"{what} {text!r} is not valid text") from error
+        beyond = [i for i in ids if i >= self.vocab_size]
+        if beyond:
+            raise InputError(
+                f"{what} {text!r} holds token {beyond[0]}, but the model has {self.vocab_size} embedding rows"
+            )
+        return ids
+
+
+class Tokenizer(_TokenizerFile):
+    """The language model's."""
+
     def encode(self, prompt: str) -> list[int]:
         """Prompt -> ids, with exactly one BOS in front; for an encoder as the tokenizer itself ends them.
 
         Raises:
             InputError: not a string, or text that stands for an image slot or for no embedding row.
         """
-        if not isinstance(prompt, str):
-            raise InputError(f"a prompt must be a string, not {type(prompt).__name__}")
-        try:
-            ids: list[int] = self._tokenizer.encode(prompt, add_special_tokens=self.for_encoder).ids
-        except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair
-            raise InputError(f"the prompt {prompt!r} is not valid text") from error
+        ids = self._ids(prompt, "the prompt", with_special=self.for_encoder)
         if self.tokens.image is not None and self.tokens.image in ids:
             raise InputError(f"the prompt {prompt!r} holds the placeholder of the image, which blip2rt puts in itself")
-        beyond = [i for i in ids if i >= self.vocab_size]
-        if beyond:
-            raise InputError(
-                f"the prompt {prompt!r} holds token {beyond[0]}, but the model has {self.vocab_size} embedding rows"
-            )
         return ids if self.for_encoder else [self.tokens.bos, *ids]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids -> text, special tokens skipped, not stripped."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+class TextTokenizer(_TokenizerFile):
+    """The Q-Former's, of texts that are compared with images."""
+
+    def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int, num_positions: int):
+        """Read a `tokenizer.json`; texts have `num_positions` tokens at most, the first and the last included.
+
+        Raises:
+            EngineError: the file cannot be read.
+        """
+        super().__init__(path, tokens, vocab_size)
+        self.num_positions = num_positions
+
+    def encode(self, text: str, index: int) -> list[int]:
+        """Text -> ids, [CLS] first and [SEP] last; `index` is its place in the list, for errors.
+
+        Raises:
+            InputError: not a string, empty, longer than the positions, or text for no embedding row.
+        """
+        ids = self._ids(text, f"text {index}")
+        if not ids:
+            raise InputError(f"text {index} is empty: {text!r}")
+        if len(ids) + 2 > self.num_positions:
+            raise InputError(
+                f"text {index} has {len(ids) + 2} tokens and the model {self.num_positions} positions: shorten it, "
+                f"{text[:40]!r}..."
+            )
+        return [self.tokens.bos, *ids, *self.tokens.stop]

@@ -19,9 +19,10 @@ PROGRAMS = sorted(
 # A part (a module, or a folder as a whole) imports only parts of the layers before its own.
 RUNTIME_LAYERS = (
     {"__init__", "errors", "stages", "results", "progress", "trace", "bundled"},
-    {"manifest", "native", "options"},
+    {"manifest", "native", "options", "evaluation"},
     {"engine_directory", "backends"},
     {"preprocess", "tokenizer", "search", "decoder"},
+    {"inputs", "retrieval"},
     {"pipeline", "inspection"},
     {"bulk"},
     {"cli"},

@@ -165,7 +165,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "infinity": (lambda m: m["parity"]["vision"].update(cosine=1e308 * 10), "Infinity is not a JSON number"),
     "shape": (lambda m: m["stages"]["vision"]["inputs"][0]["shape"].append(1.5), "inputs[0].shape[4] should be"),
     "stage": (lambda m: m["stages"].pop("qformer"), "stages.qformer is missing"),
-    "kind": (lambda m: m.update(kind="musical"), "kind 'musical' is none of generative: upgrade blip2rt"),
+    "kind": (lambda m: m.update(kind="musical"), "kind 'musical' is none of generative, retrieval: upgrade blip2rt"),
     "kernels": (lambda m: m.update(kernels="avx2"), "kernels 'avx2' is none of stock, native: build the engine again"),
     "parent": (lambda m: m["files"].update({"../x": m["files"]["vision.onnx"]}), "'../x' is not the plain name"),
     "absolute": (lambda m: m["files"].update({"/etc/x": m["files"]["vision.onnx"]}), "'/etc/x' is not the plain"),

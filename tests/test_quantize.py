@@ -104,9 +104,9 @@ def float_graph(outputs: int, depth: int, biased: bool, shared: bool) -> ir.Mode
     return ir.Model(graph, ir_version=11)
 
 
-def plain(name: str, shared: bool, tensor: torch.Tensor) -> dict[str, Array]:
+def plain(shared: bool, tensor: torch.Tensor) -> dict[str, Array]:
     """What `lower` stores: the transposed weight, unless it is shared."""
-    return {name: (tensor if shared else tensor.t()).contiguous().numpy()}
+    return {"": (tensor if shared else tensor.t()).contiguous().numpy()}
 
 
 def build(folder: Path, kernels: str, precision: str, weight: Array, bias: Array | None, shared: bool) -> Any:
@@ -114,9 +114,9 @@ def build(folder: Path, kernels: str, precision: str, weight: Array, bias: Array
     outputs, depth = weight.shape
     model = float_graph(outputs, depth, bias is not None, shared)
     tensors = {"weight": torch.from_numpy(weight)} | ({} if bias is None else {"bias": torch.from_numpy(bias)})
-    stored = [StoredWeight(name, partial(plain, name, shared)) for name in tensors]
+    stored = [StoredWeight(name, "plain", partial(plain, shared)) for name in tensors]
     written = quantize(model, "decoder", precision, stored, kernels)
-    write_stage(model, written, lambda name: tensors[name], folder / "layer.onnx")
+    write_stage(model, written, lambda name: tensors[name], folder / "layer.onnx", {}, lambda name: name)
     session = ort.InferenceSession(folder / "layer.onnx", session_options(2), providers=["CPUExecutionProvider"])
     domains = {node.domain for node in model.graph if node.op_type not in ("Gather", "Add")}
     assert ("blip2rt" if kernels == "native" else "com.microsoft") in domains
@@ -149,9 +149,9 @@ def test_rewritten_graph_equals_its_twin(
         bits = 8 if precision == "int8" else 4
         add = np.zeros(outputs, np.float32) if bias is None else bias
         if kernels == "native":
-            parts = next(s for s in written if s.convert(torch.from_numpy(weight)).keys() >= {"weight.tiles"})
+            parts = next(s for s in written if s.convert(torch.from_numpy(weight)).keys() >= {".tiles"})
             arrays = parts.convert(torch.from_numpy(weight))
-            expected = twin.quantized_matmul(x, arrays["weight.tiles"], arrays["weight.scales"], add, bits)
+            expected = twin.quantized_matmul(x, arrays[".tiles"], arrays[".scales"], add, bits)
             np.testing.assert_array_equal(found, expected)
         else:
             group = depth if bits == 8 else 128

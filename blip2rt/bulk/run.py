@@ -12,8 +12,9 @@ from time import monotonic
 from typing import Any
 
 from ..errors import Blip2rtError, InputError
+from ..inputs import BATCH_SIZE
 from ..options import GenerationOptions, resolve_options
-from ..pipeline import ANSWER_DEFAULTS, BATCH_SIZE, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
+from ..pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
 from ..preprocess import ImageSource
 from ..progress import Progress
 from ..results import Generation

@@ -12,18 +12,19 @@ import torch
 from .. import __version__
 from ..engine_directory import building, describe_files
 from ..errors import CheckpointError, ExportError, InputError
-from ..manifest import ImageSpec, Manifest, Stage, TokenSpec
+from ..manifest import GENERATIVE, RETRIEVAL, ImageSpec, Manifest, Stage, TokenSpec
 from ..model import Checkpoint, CheckpointSource
-from ..model.config import Blip2Config, T5Config, stop_token_ids
+from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
+from ..model.retrieval import stored_name
 from ..model.weight_files import read_json
 from ..native import library_path
 from ..progress import Progress
 from .graphs import stage_specs, trace_stage
 from .lower import lower
 from .quantize import quantize
-from .tokenizer_files import write_tokenizer
+from .tokenizer_files import write_text_tokenizer, write_tokenizer
 from .verify import compare_engine
-from .weights import write_stage
+from .weights import Written, write_stage
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
 PRECISIONS, DEVICES = ("fp32", "int8", "int4"), ("cpu",)
@@ -37,6 +38,7 @@ def export_engine(
     precision: str = "fp32",
     device: str = "cpu",
     tokenizer: str | Path | None = None,
+    text_tokenizer: str | Path | None = None,
     force: bool = False,
 ) -> Path:
     """Build the engine directory of a checkpoint and prove it against the reference model.
@@ -49,6 +51,7 @@ def export_engine(
         precision: "fp32"; "int8", all linear layers; "int4", those of the language model, the others int8.
         device: "cpu".
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
+        text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model; None: the model's own.
         force: replace an engine that is there.
 
     Returns:
@@ -67,33 +70,48 @@ def export_engine(
         raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
     checkpoint = Checkpoint(model)
     config = checkpoint.config
-    if not isinstance(config, Blip2Config):
-        raise CheckpointError(f"{model} is a retrieval model: blip2rt exports models with a language model so far")
+    is_retrieval = isinstance(config, RetrievalConfig)
+    if is_retrieval and tokenizer:
+        raise InputError(
+            f"{checkpoint.source.model} is a retrieval model without a language model: pass --text-tokenizer for BERT's"
+        )
+    if text_tokenizer and not is_retrieval:
+        raise InputError(
+            f"{checkpoint.source.model} has a language model and no retrieval heads: pass --tokenizer for its tokenizer"
+        )
     if output is None:
         output = Path("engines") / f"{checkpoint.name}-{precision}-{device}"
     try:
         os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
-    tokenizer_directory = Path(tokenizer) if tokenizer else checkpoint.directory
+    chosen = text_tokenizer if is_retrieval else tokenizer
+    tokenizer_directory = Path(chosen) if chosen else checkpoint.directory
     if tokenizer_directory is None:
-        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with --tokenizer")
+        option = "--text-tokenizer" if is_retrieval else "--tokenizer"
+        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with {option}")
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
     with building(output, force=force, needed=int(BYTES[precision] * sum(parameters.values()))) as directory:
-        tokens = _token_spec(config)
-        write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
+        if isinstance(config, RetrievalConfig):
+            tokens = write_text_tokenizer(tokenizer_directory, directory, config.qformer.vocab_size)
+        else:
+            tokens = _token_spec(config)
+            write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
         reference = checkpoint.build()
         kernels = "native" if precision != "fp32" and library_path() else "stock"
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
+        written: Written = {}
         for stage, spec in specs.items():
             module = reference.get_submodule(stage)
             graph = trace_stage(module, spec)
             weights = lower(graph, {name for name, _ in module.named_parameters()})
             weights = quantize(graph, stage, precision, weights, kernels)
-            write_stage(graph, weights, partial(_read, checkpoint, stage), directory / f"{stage}.onnx", bar.advance)
+            path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
+            write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
         bar.close()
         manifest = Manifest(
+            kind=RETRIEVAL if is_retrieval else GENERATIVE,
             name=Path(output).name,
             source_id=str(checkpoint.source.model),
             source_sha256=checkpoint.sha256(),
@@ -123,6 +141,10 @@ def export_engine(
 
 def _read(checkpoint: Checkpoint, stage: str, name: str) -> torch.Tensor:
     return checkpoint.parameter(f"{stage}.{name}")
+
+
+def _stored_name(stage: str, name: str) -> str:
+    return stored_name(f"{stage}.{name}")
 
 
 def _token_spec(config: Blip2Config) -> TokenSpec:

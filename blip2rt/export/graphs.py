@@ -17,19 +17,24 @@ from onnxscript.optimizer import optimize_ir
 from onnxscript.values import Opset
 from torch import nn
 
-from ..model.config import Blip2Config, T5Config, TextConfig
+from ..model.config import ModelConfig, RetrievalConfig, T5Config, TextConfig
 from ..model.t5 import relative_bucket
 from ..stages import (
     DECODER,
     ENCODER,
+    ITM,
     QFORMER,
+    TEXT,
     VISION,
     StageSpec,
     TensorSpec,
     cross_decoder_spec,
     decoder_spec,
     encoder_spec,
+    image_embedding_spec,
+    itm_spec,
     qformer_spec,
+    text_embedding_spec,
     vision_spec,
 )
 
@@ -40,14 +45,17 @@ TRACE_SIZES = {
     "C": 5,
     "R": 4,
     "E": 6,
+    "L": 7,
 }  # all different and none 1, which torch would take for a constant
 PASSED_ON = {"relative_bias": "attention_bias", "norm": "encoder_output"}  # what these parts give to others
 
 _opset = Opset("", OPSET)
 
 
-def stage_specs(config: Blip2Config) -> dict[str, StageSpec]:
+def stage_specs(config: ModelConfig) -> dict[str, StageSpec]:
     """The signature of every stage of a model of these sizes."""
+    if isinstance(config, RetrievalConfig):
+        return _retrieval_specs(config)
     vision, text = config.vision, config.text
     return {
         VISION: vision_spec(vision.image_size, vision.num_tokens, vision.hidden_size),
@@ -74,6 +82,17 @@ def _language_specs(text: TextConfig) -> dict[str, StageSpec]:
         DECODER: decoder_spec(
             text.num_hidden_layers, text.num_attention_heads, head_width, text.hidden_size, text.vocab_size
         )
+    }
+
+
+def _retrieval_specs(config: RetrievalConfig) -> dict[str, StageSpec]:
+    vision, width, shared_width = config.vision, config.qformer.hidden_size, config.image_text_hidden_size
+    image = (vision.num_tokens, vision.hidden_size, config.num_query_tokens, width)
+    return {
+        VISION: vision_spec(vision.image_size, vision.num_tokens, vision.hidden_size),
+        QFORMER: image_embedding_spec(*image, shared_width),
+        TEXT: text_embedding_spec(width, shared_width),
+        ITM: itm_spec(*image),
     }
 
 
@@ -144,6 +163,8 @@ def _name_hidden_states(graph: ir.Graph) -> None:
                 continue
             if parts[node] in PASSED_ON:
                 value.name = PASSED_ON[parts[node]]
+            elif value.shape is not None and value.shape.rank() != 3:
+                continue  # a mask of all blocks, which the optimiser computes in the first
             elif parts[node].startswith("blocks."):
                 value.name = f"hidden_{int(parts[node].removeprefix('blocks.')) + 1}"
             elif "blocks.0" in entered:

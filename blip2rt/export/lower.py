@@ -16,9 +16,14 @@ import torch
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """How initialisers are made from one parameter: `convert` gives their contents by name."""
+    """How initialisers are made from one parameter.
+
+    `convert` gives their contents by what their names have behind the parameter's; `form` tells apart what is made of
+    one parameter in different ways.
+    """
 
     parameter: str
+    form: str
     convert: Callable[[torch.Tensor], Mapping[str, np.ndarray[Any, Any]]]
 
 
@@ -54,7 +59,8 @@ def lower(model: ir.Model, parameters: set[str]) -> list[StoredWeight]:
 
 
 def _as_it_is(name: str, transposed: bool) -> StoredWeight:
-    return StoredWeight(name, lambda tensor: {name: (tensor.t() if transposed else tensor).contiguous().numpy()})
+    form = "transposed" if transposed else "plain"
+    return StoredWeight(name, form, lambda tensor: {"": (tensor.t() if transposed else tensor).contiguous().numpy()})
 
 
 def _to_gemm(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:

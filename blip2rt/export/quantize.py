@@ -30,6 +30,8 @@ NATIVE_DOMAIN, STOCK_DOMAIN = "blip2rt", "com.microsoft"
 # Convolutions, norms, embeddings and softmax are no linear layers and stay float32 anyway.
 BITS = (
     ("*", "qformer", "projection.weight", 32),  # what the language model sees: 2 MB that spoil everything after them
+    ("*", "*", "itc.weight", 32),
+    ("*", "itm", "head.weight", 32),
     ("int4", "decoder", "embedding.token.weight", 8),  # the output layer: its error is that of the logits
     ("int4", "decoder", "head.lm_head.weight", 8),
     ("int4", "decoder", "*", 4),
@@ -127,9 +129,9 @@ def _native(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
         values, scale = round_weight(weight, bits, twin.GROUP)
-        return {f"{name}.tiles": twin.pack_weight(values, bits), f"{name}.scales": twin.pack_scales(scale)}
+        return {".tiles": twin.pack_weight(values, bits), ".scales": twin.pack_scales(scale)}
 
-    return StoredWeight(name, convert)
+    return StoredWeight(name, f"native {bits}", convert)
 
 
 def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
@@ -158,9 +160,9 @@ def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
         rounded, scale = round_weight(weight, bits, weight.shape[1])
-        return {f"{name}.values": np.ascontiguousarray(rounded.T), f"{name}.scales": scale[:, 0]}
+        return {".values": np.ascontiguousarray(rounded.T), ".scales": scale[:, 0]}
 
-    return StoredWeight(name, convert)
+    return StoredWeight(name, "stock 8", convert)
 
 
 def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
@@ -192,9 +194,9 @@ def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
         padded = np.full((linear.outputs, groups * block), 8, np.uint8)
         padded[:, : linear.depth] = rounded + np.int8(8)
         nibbles = (padded[:, 0::2] | padded[:, 1::2] << 4).reshape(linear.outputs, groups, block // 2)
-        return {f"{name}.values": nibbles, f"{name}.scales": scale}
+        return {".values": nibbles, ".scales": scale}
 
-    return StoredWeight(name, convert)
+    return StoredWeight(name, "stock 4", convert)
 
 
 def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> ir.Value:

@@ -27,7 +27,7 @@ from ..model import Blip2Config, Checkpoint, CheckpointSource
 from ..model.config import ModelConfig
 from ..model.t5 import T5Decoder
 from ..progress import progress
-from ..stages import DECODER, ENCODER, MASKED, QFORMER, VISION, StageSpec
+from ..stages import DECODER, ENCODER, ITM, MASKED, QFORMER, TEXT, VISION, StageSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -106,7 +106,7 @@ class Piece:
     """A part of a stage: a module of the reference, and the names of what it reads and gives."""
 
     module: str
-    inputs: tuple[str, ...]
+    inputs: tuple[str | None, ...]
     outputs: tuple[str, ...]
 
 
@@ -153,22 +153,22 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
         with _engine_errors(directory / entry.file):
             graph = ir.load(directory / entry.file).graph
-        pieces = _pieces(stage, module)
+        outputs = [output.name for output in signature.outputs]
+        pieces = _pieces(stage, module, outputs)
         for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
             if TOKEN_EMBEDDING in piece.inputs:
                 tensors[TOKEN_EMBEDDING] = checkpoint.parameter(f"{stage}.{TOKEN_EMBEDDING}")
             loaded = checkpoint.load(deepcopy(module.get_submodule(piece.module)), f"{stage}.{piece.module}")
             known = {name: array.numpy() for name, array in tensors.items()}
             with torch.no_grad():
-                expected = loaded(*(tensors[name] for name in piece.inputs))
+                expected = loaded(*(None if name is None else tensors[name] for name in piece.inputs))
             expected = expected if isinstance(expected, tuple) else (expected,)
             tensors |= dict(zip(piece.outputs, expected, strict=True))
             with _engine_errors(directory / entry.file):
                 arrays |= _run_piece(graph, directory, arrays, piece.outputs)
                 alone = {} if exact else _run_piece(graph, directory, known, piece.outputs)
             for name in piece.outputs:
-                is_output = name in [output.name for output in signature.outputs]
-                comparison.add(piece.module, arrays[name], tensors[name], is_output, alone.get(name))
+                comparison.add(piece.module, arrays[name], tensors[name], name in outputs, alone.get(name))
         yield comparison
 
 
@@ -182,8 +182,8 @@ def _engine_errors(path: Path) -> Iterator[None]:
         raise EngineError(f"{path} cannot be run ({reason}): build the engine again with `blip2rt export`") from error
 
 
-def _pieces(stage: str, module: torch.nn.Module) -> list[Piece]:
-    """What a stage consists of, in order."""
+def _pieces(stage: str, module: torch.nn.Module, outputs: list[str]) -> list[Piece]:
+    """What a stage consists of, in order. A retrieval engine's Q-Former has other outputs than a generative one's."""
     blocks = range(len(list(module.get_submodule("blocks").children())))
     hidden = [f"hidden_{i}" for i in range(len(blocks) + 1)]
     if stage == VISION:
@@ -192,12 +192,22 @@ def _pieces(stage: str, module: torch.nn.Module) -> list[Piece]:
             *(Piece(f"blocks.{i}", (hidden[i],), (hidden[i + 1],)) for i in blocks),
             Piece("norm", (hidden[-1],), ("image_embeds",)),
         ]
-    if stage == QFORMER:
-        hidden[-1] = "query_embeds"
+    image, text, mask = ("image_embeds", "text_ids", "text_mask")
+    if stage in (QFORMER, TEXT):
+        hidden[-1] = outputs[0]
         return [
-            Piece("embedding", ("image_embeds",), (hidden[0],)),
-            *(Piece(f"blocks.{i}", (hidden[i], "image_embeds"), (hidden[i + 1],)) for i in blocks),
-            Piece("projection", (hidden[-1],), ("prefix",)),
+            Piece("embedding", (image,) if stage == QFORMER else (None, text), (hidden[0],)),
+            *(
+                Piece(f"blocks.{i}", (hidden[i], *((image,) if stage == QFORMER else (None, mask))), (hidden[i + 1],))
+                for i in blocks
+            ),
+            Piece("projection" if outputs[1] == "prefix" else "itc", (hidden[-1],), (outputs[1],)),
+        ]
+    if stage == ITM:
+        return [
+            Piece("embedding", (image, text), (hidden[0],)),
+            *(Piece(f"blocks.{i}", (hidden[i], image, mask), (hidden[i + 1],)) for i in blocks),
+            Piece("head", (hidden[-1],), tuple(outputs)),
         ]
     cross = [(f"cross_key_{i}", f"cross_value_{i}") for i in range(len(getattr(module, "cross", blocks)))]
     if stage == ENCODER:
@@ -233,14 +243,21 @@ def _pieces(stage: str, module: torch.nn.Module) -> list[Piece]:
 
 
 def _random_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Array]:
-    """Normal noise for a batch of 3; graphs are traced with 2."""
+    """Normal noise for a batch of 3, and texts of unequal length; graphs are traced with 2."""
     rng = np.random.default_rng(0)
-    return {
-        tensor.name: rng.standard_normal(
-            [3 if isinstance(size, str) else size for size in tensor.shape], dtype=np.float32
-        )
-        for tensor in signature.inputs
-    }
+    qformer = config.qformer
+    sizes = {"B": 3, "L": min(9, qformer.max_position_embeddings)}
+    inputs: dict[str, Array] = {}
+    for tensor in signature.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        if tensor.name == "text_ids":
+            inputs[tensor.name] = rng.integers(0, qformer.vocab_size, shape)
+        elif tensor.name == "text_mask":
+            lengths = np.array([sizes["L"], 1, sizes["L"] // 2 + 1]).reshape(3, 1, 1, 1)
+            inputs[tensor.name] = np.where(np.arange(sizes["L"]) < lengths, np.float32(0), np.float32(MASKED))
+        else:
+            inputs[tensor.name] = rng.standard_normal(shape, dtype=np.float32)
+    return inputs
 
 
 def _encoder_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Array]:

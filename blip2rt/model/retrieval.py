@@ -40,7 +40,7 @@ class TextProjection(ITCProjection):
 
 
 class MatchHead(nn.Linear):
-    """Queries and text [B, Q+L, Dq] -> the queries [B, Q, Dq] and their mean logits [B, 2]: no match, match."""
+    """Queries and text [B, Q+L, Dq] -> the queries [B, Q, Dq] and their logits [B, Q, 2]: no match, match."""
 
     def __init__(self, width: int, num_queries: int):
         super().__init__(width, 2)
@@ -48,7 +48,7 @@ class MatchHead(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         queries = x[:, : self.num_queries]
-        return queries, super().forward(queries).mean(dim=1)
+        return queries, super().forward(queries)
 
 
 class CaptionHead(nn.Module):
@@ -97,7 +97,11 @@ class TextStage(nn.Module):
 
 
 class MatchStage(nn.Module):
-    """The itm stage: image_embeds and a text for each -> multimodal_embeds [B, Q, Dq], itm_logits [B, 2]."""
+    """The itm stage: image_embeds and a text for each -> multimodal_embeds [B, Q, Dq], itm_logits [B, Q, 2].
+
+    A pair's logit is the mean over the queries. That is left to the caller: ONNX Runtime's mean has other last bits for
+    one pair than for several.
+    """
 
     def __init__(self, config: RetrievalConfig, owner: ImageStage):
         super().__init__()

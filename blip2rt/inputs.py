@@ -1,0 +1,74 @@
+"""What callers pass: one image or a list of them, one text or a list of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import ImageError, InputError
+from .preprocess import ImageSource
+from .results import ImageFeatures
+
+BATCH_SIZE = 8  # images that go through the engines together; answers do not depend on it
+
+
+def in_batches(
+    images: Sequence[Any],
+    first_index: int | None,
+    prepare: Callable[[ImageSource], np.ndarray[Any, Any]],
+    run: Callable[[np.ndarray[Any, Any]], list[ImageFeatures]],
+    check: Callable[[ImageFeatures], ImageFeatures],
+) -> list[ImageFeatures]:
+    """Features of images, `BATCH_SIZE` pictures at a time; those that are features already go through `check`."""
+    features = {i: check(image) for i, image in enumerate(images) if isinstance(image, ImageFeatures)}
+    pictures = [i for i in range(len(images)) if i not in features]
+    for start in range(0, len(pictures), BATCH_SIZE):
+        places = pictures[start : start + BATCH_SIZE]
+        pixel_values = []
+        for place in places:
+            try:
+                pixel_values.append(prepare(images[place]))
+            except ImageError as error:
+                raise ImageError(error.reason, None if first_index is None else first_index + place) from error
+        features |= dict(zip(places, run(np.stack(pixel_values)), strict=True))  # [B, 3, S, S]
+    return [features[i] for i in range(len(images))]
+
+
+def is_list(images: Any) -> bool:
+    """A list gives a list back; anything else is one image."""
+    return isinstance(images, list | tuple)
+
+
+def as_list(images: Any) -> list[Any]:
+    """One image as a list of one.
+
+    Raises:
+        InputError: an empty list.
+    """
+    if not is_list(images):
+        return [images]
+    if not images:
+        raise InputError("the list of images is empty")
+    return list(images)
+
+
+def checked_texts(texts: Any) -> list[Any]:
+    """Several prompts as a list.
+
+    Raises:
+        InputError: no list.
+    """
+    if not is_list(texts):
+        raise InputError(f"prompts must be a string or a list of strings, not {type(texts).__name__}")
+    return list(texts)
+
+
+def checked_text(text: Any) -> str:
+    """One of them.
+
+    Raises:
+        InputError: no string.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"a prompt must be a string, not {type(text).__name__}")
+    return text
