@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import Blip2ForConditionalGeneration
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
 from blip2rt import CheckpointError, InputError
 from blip2rt.cli import main
@@ -119,6 +119,60 @@ def test_files_of_lavis_itself(llm: str, kind: str, tmp_path: Path) -> None:
         names = {name for name in content["state_dict"] if not name.startswith("text_backbone.")}
         assert names | {"multimodal_backbone.bert.embeddings.position_ids"} == theirs.keys()
         assert content["meta"] == {}
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason=f"the recorded outputs are not at {FIXTURES}")
+def test_files_of_stage_1(tmp_path: Path) -> None:
+    """LAVIS's and mmpretrain's own, each in the other's format: the other's names, and back the same tensors."""
+    config = FIXTURES / "lavis" / "configs" / "stage1.json"
+    lavis, mmpretrain = FIXTURES / "lavis" / "lavis" / "stage1.pth", FIXTURES / "mmpretrain" / "retrieval.pth"
+    names = {
+        "lavis": json.loads((lavis.parent / "stage1_keys.json").read_text()).keys(),
+        "mmpretrain": json.loads((FIXTURES / "mmpretrain" / "keys.json").read_text())["retrieval"].keys(),
+    }
+    buffer, wrappers = ".bert.embeddings.position_ids", {"lavis": "model", "mmpretrain": "state_dict"}
+    for file, own, other in ((lavis, "lavis", "mmpretrain"), (mmpretrain, "mmpretrain", "lavis")):
+        there, back = tmp_path / f"{own}-there.pth", tmp_path / f"{own}-back.pth"
+        assert convert_checkpoint(CheckpointSource(file, config), there, other) == []
+        found = torch.load(there, weights_only=True)[wrappers[other]].keys()
+        assert found == {name for name in names[other] if not name.endswith(buffer)}
+        convert_checkpoint(CheckpointSource(there, config), back, own)
+        expected = torch.load(file, weights_only=True)[wrappers[own]]
+        same_tensors(
+            torch.load(back, weights_only=True)[wrappers[own]],
+            {name: tensor for name, tensor in expected.items() if not name.endswith(buffer)},
+        )
+        with pytest.raises(CheckpointError, match=r"no place for .* temperature, itg\."):
+            convert_checkpoint(CheckpointSource(file, config), tmp_path / "hub", "transformers", tokenizer=file.parent)
+
+
+def test_retrieval_models_of_transformers(tmp_path: Path) -> None:
+    """They lack what only training needs, so they go there and back."""
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2}
+    config = Blip2Config(
+        vision_config=sizes | {"image_size": 14, "patch_size": 7},
+        qformer_config=sizes
+        | {"use_qformer_text_input": True, "vocab_size": 20, "max_position_embeddings": 9, "encoder_hidden_size": 8},
+        image_text_hidden_size=6,
+        num_query_tokens=3,
+    )
+    source = tmp_path / "source"
+    Blip2ForImageTextRetrieval(config).save_pretrained(source)
+    state = load_file(source / "model.safetensors")
+    for name, tensor in state.items():
+        tensor.normal_()
+        if name.endswith("self_attn.qkv.bias"):
+            tensor.chunk(3)[1].zero_()
+    save_file(state, source / "model.safetensors", {"format": "pt"})
+    for format in ("lavis", "mmpretrain"):
+        file = tmp_path / f"{format}.pth"
+        notes = convert_checkpoint(source, file, format)
+        assert "no temperature and no captioning head" in notes[-1]
+        assert not [note for note in notes if "blocks" in note]  # mmpretrain's retrieval models use all of them
+        way = CheckpointSource(file, file.with_suffix(".json"))
+        convert_checkpoint(way, tmp_path / format, "transformers", tokenizer=source)
+        same_tensors(load_file(tmp_path / format / "model.safetensors"), state)
 
 
 def test_notes_say_what_differs(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,10 @@ from blip2rt import CheckpointError, InputError
 from blip2rt.cli import main
 from blip2rt.model import Blip2, Checkpoint, CheckpointSource, load_blip2, load_retrieval
 from blip2rt.model import Blip2Config as OurConfig
-from blip2rt.model.config import VisionConfig
+from blip2rt.model.config import RetrievalConfig, VisionConfig
 from blip2rt.model.named_configs import NAMES, read_config
 from blip2rt.model.names import FORMATS, Names
+from blip2rt.model.retrieval import Blip2Retrieval
 from blip2rt.model.vision import VisionEncoder
 
 State = dict[str, Tensor]
@@ -104,6 +105,8 @@ def folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     frozen = ("visual_encoder.", "opt_model.model.")  # the copy of the token embedding stays
     stage2 = {name: tensor for name, tensor in lavis.items() if not name.startswith(frozen)}
     torch.save({"model": stage2}, folder / "stage2.pth")
+    tuned = {name: tensor for name, tensor in lavis.items() if not name.startswith("opt_model.model.")}
+    torch.save({"model": tuned}, folder / "tuned.pth")
     blocks = sorted({int(name.split(".")[2]) for name in lavis if name.startswith("visual_encoder.blocks.")})
     extra = {  # a block more than BLIP-2 has, and what belonged to the pretraining
         name.replace(f"blocks.{blocks[-1]}.", f"blocks.{len(blocks)}."): tensor
@@ -129,6 +132,7 @@ def sources(folder: Path) -> dict[str, CheckpointSource]:
         "transformers": CheckpointSource(folder / "transformers"),
         "full": CheckpointSource(folder / "full.pth", config),
         "stage2": CheckpointSource(folder / "stage2.pth", config, folder / "eva_vit.pth", folder / "llm"),
+        "fine-tuned": CheckpointSource(folder / "tuned.pth", config, llm=folder / "llm"),
         "mmpretrain": CheckpointSource(folder / "mmpretrain.pth", config),
     }
 
@@ -152,7 +156,7 @@ def rewrap(source: Path, target: Path, change: Callable[[State], object], key: s
 # --- the same model from every format --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["full", "stage2", "mmpretrain"])
+@pytest.mark.parametrize("name", ["full", "stage2", "fine-tuned", "mmpretrain"])
 def test_same_parameters_from_every_format(name: str, folder: Path) -> None:
     ours, expected = load_blip2(sources(folder)[name]), load_blip2(folder / "transformers")
     assert ours.config.vision.norm_eps == 1e-5
@@ -169,7 +173,7 @@ def test_same_parameters_from_every_format(name: str, folder: Path) -> None:
 def test_what_is_left_out_is_accounted_for(folder: Path) -> None:
     blocks = Checkpoint(folder / "transformers").config.vision.num_hidden_layers
     left_out = {name: Checkpoint(source).left_out for name, source in sources(folder).items()}
-    assert left_out["transformers"] == left_out["full"] == []
+    assert left_out["transformers"] == left_out["full"] == left_out["fine-tuned"] == []
     assert {"visual_encoder.head.weight", "visual_encoder.norm.bias"} < set(left_out["stage2"])
     assert len(left_out["stage2"]) == 2 + 13
     assert len(left_out["mmpretrain"]) == 13
@@ -339,6 +343,9 @@ def test_named_configs_have_the_published_sizes(name: str) -> None:
     if is_retrieval:
         total = sum(p.numel() for p in theirs.parameters())
         assert total == (473_123_586 if is_large else 1_172_032_258)  # published: 474 M, 1.2 B
+        with torch.device("meta"):
+            stage1 = Blip2Retrieval(RetrievalConfig.from_transformers(config))
+        assert sum(p.numel() for p in stage1.parameters()) == total + (1024 if is_large else 0)
         return
     billions, trained, language_model = PUBLISHED[base]
     if "t5" in name:
@@ -436,6 +443,8 @@ def test_stage_1_is_told_from_stage_2(folder: Path, tmp_path: Path) -> None:
     kept = lambda s: [s.pop(name) for name in list(s) if name.startswith("opt_")] and s.update(heads)  # noqa: E731
     stage1 = rewrap(folder / "full.pth", tmp_path / "stage1.pth", kept)
     assert "does not hold the model of --config blip2" in refused(CheckpointSource(stage1, "blip2"))
+    assert "--config blip2 is of a retrieval model" in refused(replace(sources(folder)["full"], config="blip2"))
+    assert "a retrieval model reads text" in refused(replace(sources(folder)["full"], model=stage1))
     with pytest.raises(CheckpointError, match="without retrieval heads"):
         load_retrieval(sources(folder)["full"])
 

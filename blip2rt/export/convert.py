@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ExportError, InputError
 from ..model import Checkpoint, CheckpointSource
+from ..model.config import RetrievalConfig
 from ..model.formats import NORM_EPS, unused_blocks
-from ..model.names import FORMATS, LANGUAGE_MODEL, LAVIS, MMPRETRAIN, TRANSFORMERS, NoPlaceError
+from ..model.names import FORMATS, LANGUAGE_MODEL, LAVIS, MMPRETRAIN, QFORMER_PREFIXES, TRANSFORMERS, NoPlaceError
 from ..progress import Progress
 from .tensor_files import Entry, write_safetensors, write_torch
 
@@ -30,6 +31,7 @@ COMPANIONS = (
     "tokenizer.model",
     "spiece.model",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -133,8 +135,11 @@ def _entries(checkpoint: Checkpoint, to: str) -> dict[str, Entry]:
             f"lost: {', '.join(homeless[:5])}" + (" ..." if len(homeless) > 5 else "")
         )
     for copy, original in old.copies.items():  # kept where the source keeps them
-        if copy.startswith(LANGUAGE_MODEL) and {copy, original} <= checkpoint.tensors.shapes.keys():
-            entries.setdefault(new.stored_as(copy), _entry(checkpoint, (copy,), 0, 1))
+        if {copy, original} <= checkpoint.tensors.shapes.keys():
+            key = new.stored_as(copy)
+            if not copy.startswith(LANGUAGE_MODEL):
+                key = copy.replace(QFORMER_PREFIXES[old.format], QFORMER_PREFIXES[to])
+            entries.setdefault(key, _entry(checkpoint, (copy,), 0, 1))
     return entries
 
 
@@ -194,6 +199,10 @@ def _differences(checkpoint: Checkpoint, to: str) -> list[str]:
             value = getattr(getattr(checkpoint.config, part), field)
             if value != fixed and not vision.pre_norm:
                 found.append(f"{name} is {value}, and {to}'s code has {fixed}")
+        if isinstance(checkpoint.config, RetrievalConfig) and not checkpoint.config.has_training_parts:
+            found.append(
+                f"{source} keeps no temperature and no captioning head of stage 1: {to}'s code starts them anew"
+            )
         if text.get("model_type") == "t5" and text.get("dense_act_fn", "gelu") != "gelu":
             found.append(f"the language model's activation is {text['dense_act_fn']}, and {to}'s code has gelu")
     return found

@@ -148,6 +148,11 @@ class Checkpoint:
         """The configuration as the file has it, with what the format's own code fixes."""
         # the tensors decide which model it describes: a configuration need not say it
         kind = RetrievalConfig if self.contents.is_retrieval else Blip2Config
+        if kind is Blip2Config and self.source.config is not None and "text_config" not in self.config_json:
+            raise CheckpointError(
+                f"--config {self.source.config} is of a retrieval model, and {self._label} is of one that has a "
+                "language model: pass the configuration of such a one"
+            )
         try:
             config: ModelConfig = kind.from_transformers(self.config_json)
         except CheckpointError as error:

@@ -19,6 +19,8 @@ LANGUAGE_PREFIXES = {
 }
 VISION_PREFIXES = {TRANSFORMERS: "vision_model.", LAVIS: "visual_encoder.", MMPRETRAIN: "vision_backbone."}
 
+QFORMER_PREFIXES = {LAVIS: "Qformer.", MMPRETRAIN: "multimodal_backbone."}
+
 ZEROS = None  # a part of a parameter that a format does not store, because it is zero
 Column = str | tuple[str | None, ...] | None  # None: the format has no place for it
 
@@ -229,8 +231,8 @@ COPIES = {
     "language_model.encoder.embed_tokens.weight": "language_model.shared.weight",
     "language_model.decoder.embed_tokens.weight": "language_model.shared.weight",
     **{
-        f"{prefix}.cls.predictions.decoder.{copy}": f"{prefix}.{original}"
-        for prefix in ("Qformer", "multimodal_backbone")
+        f"{prefix}cls.predictions.decoder.{copy}": f"{prefix}{original}"
+        for prefix in QFORMER_PREFIXES.values()
         for copy, original in (("weight", "bert.embeddings.word_embeddings.weight"), ("bias", "cls.predictions.bias"))
     },
 }
