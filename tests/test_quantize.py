@@ -283,6 +283,19 @@ def test_alone_equals_in_a_batch(engine: Path) -> None:
         ]
 
 
+def test_t5_as_well(checkpoint_maker: Callable[..., Path], tmp_path: Path, traced: None) -> None:
+    """Another language model, in two stages, by the same pattern."""
+    checkpoint = checkpoint_maker(tmp_path / "checkpoint", seed=ONE_LAYER, model_type="t5")
+    pipe = Pipeline(export_engine(checkpoint, tmp_path / "engine", precision="int4"))
+    assert "encoder" in pipe.manifest.stages
+    assert all(parity.max_rel > 1e-5 for parity in pipe.manifest.parity.values())  # each of them is rounded
+    images = pictures(pipe, 3)
+    prompts = ["w1", "w1 w2 w3 w4 w5", ""]
+    together = pipe.generate(images, prompts, max_new_tokens=9, num_beams=3)
+    alone = [pipe.generate(i, p, max_new_tokens=9, num_beams=3) for i, p in zip(images, prompts, strict=True)]
+    assert together == alone
+
+
 def test_threads_change_nothing(engine: Path) -> None:
     images = pictures(Pipeline(engine), 3)
     one, many = (Pipeline(engine, threads=threads).caption(images, "w1", max_new_tokens=9) for threads in (1, 7))

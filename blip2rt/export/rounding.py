@@ -15,7 +15,7 @@ Array = np.ndarray[Any, Any]
 
 # What a group's largest weight may become in 4 bits, tried in turn: beyond -8 it is clipped.
 LARGEST = (7, -8, -8.5, -9.1, -9.8, -10.7)
-ROWS_AT_ONCE = 1024  # rounded together: memory stays small beside the tensor
+NUMBERS_AT_ONCE = 2**18  # rounded together: they stay in the cache, which is three times as fast
 
 
 def round_weight(weight: Tensor, bits: int, group: int) -> tuple[Array, Array]:
@@ -33,8 +33,9 @@ def round_weight(weight: Tensor, bits: int, group: int) -> tuple[Array, Array]:
     groups = -(-depth // group)
     values = np.empty((outputs, depth), np.int8)
     scales = np.empty((outputs, groups), np.float32)
-    for start in range(0, outputs, ROWS_AT_ONCE):
-        rows = weight[start : start + ROWS_AT_ONCE]
+    rows_at_once = max(1, NUMBERS_AT_ONCE // depth)
+    for start in range(0, outputs, rows_at_once):
+        rows = weight[start : start + rows_at_once]
         padded = torch.nn.functional.pad(rows, (0, groups * group - depth)).unflatten(1, (groups, group))
         rounded, scale = (_round8 if bits == 8 else _round4)(padded)
         values[start : start + len(rows)] = rounded.flatten(1)[:, :depth].to(torch.int8).numpy()
