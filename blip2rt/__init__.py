@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import evaluation as evaluation
     from .errors import Blip2rtError as Blip2rtError
     from .errors import CheckpointError as CheckpointError
     from .errors import EngineError as EngineError
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from .errors import ImageError as ImageError
     from .errors import InputError as InputError
     from .errors import OutputError as OutputError
+    from .gallery import Gallery as Gallery
+    from .inference import inference_model as inference_model
     from .options import GenerationOptions as GenerationOptions
     from .pipeline import Pipeline as Pipeline
     from .results import Answer as Answer
@@ -30,6 +33,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "pipeline",
+    "Gallery": "gallery",
+    "inference_model": "inference",
     "GenerationOptions": "options",
     **dict.fromkeys(("Answer", "Caption", "Generation", "ImageFeatures", "MatchScores"), "results"),
     **dict.fromkeys(
@@ -43,6 +48,8 @@ __all__ = ["__version__", *_HOMES]
 
 def __getattr__(name: str) -> Any:
     """Import on first use: numpy, onnxruntime and pillow take longer than all of blip2rt."""
+    if name == "evaluation":
+        return import_module(".evaluation", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from . import __version__
+from .cli_output import write_line
+from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError
 from .inputs import BATCH_SIZE
 from .options import GenerationOptions, resolve_options
@@ -23,7 +25,6 @@ from .results import Generation
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
-MATCH_KEYS = ("itc", "itm", "itm_probability")
 OPTION_TYPES: dict[str, Callable[[str], Any]] = {
     "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
     "rules": str,
@@ -129,27 +130,17 @@ def bulk(arguments: argparse.Namespace) -> int:
     return int(bool(report.failed) and not report.answered + report.kept + report.skipped)
 
 
-def match(arguments: argparse.Namespace) -> int:
-    """Score pictures against texts: does this text describe this picture?"""
+def eval(arguments: argparse.Namespace) -> int:
+    """Run a preset over its data set: the table beside the published one."""
+    from .evaluate import evaluate
+    from .presets import find_preset
+
+    preset = find_preset(arguments.preset)
     pipe = Pipeline(arguments.engine, name=arguments.name, threads=arguments.threads)
-    engine = pipe.retrieval_engine
-    engine.token_ids(arguments.text)  # a wrong call is refused before a picture is looked at
-    status = 0
-    for path in progress(arguments.images, "images", total=len(arguments.images)):
-        row: dict[str, Any] = {"image": path}
-        try:
-            scores = pipe.match(path, arguments.text)
-        except ImageError as error:
-            status = 1
-            empty: dict[str, Any] = dict.fromkeys(("text", "score", *MATCH_KEYS))
-            _write_line(row | empty | {"error": str(error)}, f"blip2rt: {path}: {error}", arguments.json, sys.stderr)
-            continue
-        for i, text in enumerate(arguments.text):
-            found = {key: float(getattr(scores, key)[0, i]) for key in MATCH_KEYS}
-            row |= {"text": text, "score": found["itm"] + found["itc"], **found, "error": None}
-            shown = f"{path}: {found['itm_probability']:.4f} itm {found['itm']:+.4f} itc {found['itc']:+.4f}  {text}"
-            _write_line(row, shown, arguments.json)
-    return status
+    output = Path(arguments.output or f"eval-{preset.name}")
+    report = evaluate(preset, pipe, Path(arguments.data), output, any_engine=arguments.any_engine)
+    print(json.dumps(asdict(report)) if arguments.json else report)
+    return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
@@ -234,22 +225,12 @@ def _write_row(path: str, result: Generation | None, error: ImageError | None, a
         row |= {key: getattr(result, key, None) for key in RESULT_KEYS}
         others = result.alternatives if result else []
         row |= {"alternatives": [{key: getattr(other, key) for key in RESULT_KEYS} for other in others]}
-        _write_line(row | {"error": str(error) if error else None}, "", as_json)
+        write_line(row | {"error": str(error) if error else None}, "", as_json)
     elif result is None:
         print(f"blip2rt: {path}: {error}", file=sys.stderr)
     else:
         for text in (result.text, *(other.text for other in result.alternatives)):
             print(f"{path}: {text}", flush=True)
-
-
-def _write_line(row: Mapping[str, Any], shown: str, as_json: bool, stream: TextIO | None = None) -> None:
-    """A row as JSON on stdout, or what people see of it on `stream`."""
-    if as_json:
-        line = json.dumps(row, ensure_ascii=False)
-        # a file name that is no UTF-8 is escaped, as Python's json reads it: each line stays valid JSON
-        print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
-    else:
-        print(shown, file=stream, flush=True)
 
 
 def _drop_unwritten_output() -> None:
@@ -314,11 +295,15 @@ def _parser() -> argparse.ArgumentParser:
         _add_options(added)
     _add_bulk(command(bulk))
 
-    matcher = command(match)
-    matcher.add_argument("images", nargs="+", metavar="IMAGE")
-    matcher.add_argument("--text", action="append", required=True, help="a text to compare with; may be given again")
-    _add_engine(matcher)
-    matcher.add_argument("--threads", type=int, help="cores to use (default: all)")
+    add_retrieval_commands(command, _add_engine)
+
+    evaluator = command(eval)
+    evaluator.add_argument("preset", metavar="PRESET")
+    evaluator.add_argument("--data", required=True, metavar="DIR", help="the data set, as it is published")
+    evaluator.add_argument("--output", metavar="DIR", help="folder of the run (default: eval-PRESET)")
+    evaluator.add_argument("--any-engine", action="store_true", help="also one that the preset was not published for")
+    evaluator.add_argument("--threads", type=int, help="cores to use (default: all)")
+    _add_engine(evaluator)
 
     verifier = command(verify)
     verifier.add_argument("engine", metavar="ENGINE")

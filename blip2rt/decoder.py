@@ -31,6 +31,29 @@ def padded(num_rows: int) -> int:
     return -(-num_rows // ROW_STEP) * ROW_STEP
 
 
+def run_encoder(encoder: Stage, prefixes: Array, prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
+    """What the decoder of a model with an encoder looks at: [prefix, prompt] of every image, right-padded and encoded.
+
+    Args:
+        encoder: the encoder engine.
+        prefixes: [B, Q, D] float32, what the Q-Former saw.
+        prompts: token ids of every image; lengths may differ.
+    """
+    batch, num_queries, width = prefixes.shape
+    lengths = np.array([num_queries + len(prompt) for prompt in prompts])
+    num_rows = padded(int(lengths.max()))  # E
+    prefix = np.zeros((batch, num_rows, width), np.float32)
+    prefix[:, :num_queries] = prefixes
+    input_ids = np.zeros((batch, num_rows), np.int64)
+    input_ids[:, :num_queries] = -1  # rows of the prefix
+    for b, prompt in enumerate(prompts):
+        input_ids[b, num_queries : lengths[b]] = prompt
+    rows = np.arange(num_rows)
+    mask = np.where(rows < lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]  # [B, 1, 1, E]
+    positions = np.tile(rows, (batch, 1))
+    return {**encoder(prefix=prefix, input_ids=input_ids, positions=positions, encoder_mask=mask), "encoder_mask": mask}
+
+
 class CachedDecoder:
     """The `search.Decoder` of a language model.
 

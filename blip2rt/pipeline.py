@@ -11,13 +11,15 @@ prompt ── tokenizer ──> prompts      B lists of ids
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from .backends import Stage
-from .decoder import CachedDecoder, padded
+from .candidates import CANDIDATE_ROWS, checked_candidates, rank_candidates
+from .decoder import CachedDecoder, run_encoder
 from .engine_directory import checked_manifest, find_engines
 from .errors import EngineError, InputError
 from .inputs import BATCH_SIZE, as_list, checked_text, checked_texts, in_batches, is_list
@@ -28,7 +30,7 @@ from .progress import progress
 from .results import Answer, Caption, Generation, ImageFeatures, MatchScores
 from .retrieval import RetrievalEngine
 from .search import RowSearch, TokenSequence, run_searches, start_search
-from .stages import DECODER, ENCODER, MASKED, QFORMER, VISION
+from .stages import DECODER, ENCODER, QFORMER, VISION
 from .tokenizer import CAPTION_PROMPT, QUESTION_PROMPT, SHORT_QUESTION_PROMPT, Tokenizer
 
 Array = np.ndarray[Any, Any]
@@ -113,12 +115,10 @@ class Pipeline:
             ImageError: a picture that cannot be read; in a list it names the index.
         """
         sources, first_index = as_list(images), 0 if is_list(images) else None
-        seen = self.retrieval_features(sources, first_index) if self._retrieval else None
+        features = seen = self.retrieval_features(sources, first_index) if self._retrieval else []
         if self.manifest.kind == GENERATIVE:
             features = self._encode(sources, first_index)
             features = [replace(f, retrieval=r) for f, r in zip(features, seen, strict=True)] if seen else features
-        else:
-            features = seen or []
         return features if is_list(images) else features[0]
 
     def embed_images(self, images: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -153,11 +153,7 @@ class Pipeline:
         return engine.match(self.retrieval_features(as_list(images), 0 if is_list(images) else None), ids)
 
     def retrieval_features(self, images: Sequence[Any], first_index: int | None = 0) -> list[ImageFeatures]:
-        """What the retrieval engine sees in images; `encode` gives this and what the language model's engine sees.
-
-        Args:
-            images: a list.
-            first_index: what errors call the first of them; None: they name no index.
+        """What the retrieval engine sees in a list of images; errors call the first of them `first_index`.
 
         Raises:
             ImageError: a picture that cannot be read.
@@ -168,11 +164,7 @@ class Pipeline:
 
     @property
     def retrieval_engine(self) -> RetrievalEngine:
-        """The retrieval engine.
-
-        Raises:
-            EngineError: none is open.
-        """
+        """The retrieval engine; EngineError where none is open."""
         if self._retrieval is None:
             raise EngineError(
                 f"{self.directory} is a {GENERATIVE} engine, without ITC and ITM heads: build a {RETRIEVAL} engine "
@@ -185,37 +177,68 @@ class Pipeline:
         images: Any,
         prompt: str | Sequence[str] = CAPTION_PROMPT,
         *,
+        rerank: str | None = None,
         options: GenerationOptions | None = None,
         **keywords: Any,
     ) -> Any:
         """Caption: by default 5 beams and at most 30 tokens after "a photo of". Returns `Caption` or a list of them.
 
+        With rerank="itm" and a retrieval engine beside, all sequences that are found (by default as many as beams) are
+        ordered by how well ITM finds that they match the image.
+
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.
+            EngineError: no retrieval engine to re-rank with.
         """
-        return self._generate(Caption, images, prompt, resolve_options(CAPTION_DEFAULTS, options, keywords))
+        resolved = resolve_options(CAPTION_DEFAULTS, options, keywords)
+        if rerank is None:
+            return self._generate(Caption, images, prompt, resolved)
+        if rerank != "itm":
+            raise InputError(f"rerank must be 'itm' or None, not {rerank!r}")
+        engine = self.retrieval_engine
+        self._check_generative()
+        if resolved.num_return_sequences == 1:
+            resolved = replace(resolved, num_return_sequences=resolved.num_beams)
+        features = self.encode(as_list(images))
+        captions = self._generate(Caption, features, prompt, resolved)
+        captions = engine.rerank([engine.checked_features(f) for f in features], captions)
+        return captions if is_list(images) else captions[0]
 
     def answer(
         self,
         images: Any,
         question: str | Sequence[str],
         *,
+        candidates: Sequence[str] | None = None,
         options: GenerationOptions | None = None,
         **keywords: Any,
     ) -> Any:
         """Answer: 5 beams, 10 tokens, length penalty -1, as the paper's VQA. Returns `Answer` or a list of them.
 
+        With `candidates`, a closed list, nothing is generated: they are ranked by their mean token log-probability,
+        stop token included; the best is the answer, the others are its alternatives. OPT reads a candidate as the next
+        word, with a space before it.
+
         Raises:
-            InputError: wrong images (`ImageError`), questions or options.
+            InputError: wrong images (`ImageError`), questions, candidates or options.
         """
         resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
         self._check_generative()
+        if candidates is not None and (options is not None or keywords):
+            given = "options" if options is not None else next(iter(keywords))
+            raise InputError(f"{given}= has no effect with candidates=, which are ranked and not generated")
         template = QUESTION_PROMPT if self._encoder is None else SHORT_QUESTION_PROMPT
         if isinstance(question, str):
             prompts: str | list[str] = template.format(question)
         else:
             prompts = [template.format(checked_text(text)) for text in checked_texts(question)]
-        return self._generate(Answer, images, prompts, resolved)
+        if candidates is None:
+            return self._generate(Answer, images, prompts, resolved)
+        texts = checked_candidates(candidates)
+        ids = [self._tokenizer.encode_answer(text) for text in texts]
+        rows = min(CANDIDATE_ROWS, len(ids))
+        options = GenerationOptions(do_sample=True, num_return_sequences=rows, max_new_tokens=max(map(len, ids)) + 1)
+        return self._generate(Answer, images, prompts, resolve_options({}, options, {}), ids)
 
     def generate(
         self,
@@ -250,7 +273,14 @@ class Pipeline:
         prompts = self._prompts(prompt, 1, resolved)
         return self._stream(self._encode([image], None), prompts, resolved)
 
-    def _generate(self, kind: type[Kind], images: Any, prompt: Any, options: ResolvedOptions) -> Any:
+    def _generate(
+        self,
+        kind: type[Kind],
+        images: Any,
+        prompt: Any,
+        options: ResolvedOptions,
+        candidates: list[list[int]] | None = None,
+    ) -> Any:
         self._check_generative()
         images_list = as_list(images)
         if not is_list(images) and not isinstance(prompt, str):
@@ -261,7 +291,7 @@ class Pipeline:
         for start in progress(starts, "images", total=len(images_list), step=BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
             features = self._encode(images_list[batch], start if is_list(images) else None)
-            results += self._decode(kind, features, prompts[batch], options)
+            results += self._decode(kind, features, prompts[batch], options, candidates)
         return results if is_list(images) else results[0]
 
     def _check_generative(self) -> None:
@@ -305,9 +335,18 @@ class Pipeline:
         return ids
 
     def _decode(
-        self, kind: type[Kind], features: list[ImageFeatures], prompts: list[list[int]], options: ResolvedOptions
+        self,
+        kind: type[Kind],
+        features: list[ImageFeatures],
+        prompts: list[list[int]],
+        options: ResolvedOptions,
+        candidates: list[list[int]] | None = None,
     ) -> list[Kind]:
         stop = self.manifest.tokens.stop
+        if candidates is not None:
+            decoders = (self._open_decoder(features, prompts, options) for _ in repeat(None))
+            ranked = rank_candidates(candidates, options.num_rows, stop, len(features), decoders)
+            return [self._result(kind, sequences) for sequences in ranked]
         searches = [start_search(options, self._history(prompt, options), stop) for prompt in prompts]
         for _ in run_searches(self._open_decoder(features, prompts, options), searches):
             pass
@@ -341,28 +380,9 @@ class Pipeline:
         spec = self.manifest.stages[DECODER].signature
         encoded = None
         if self._encoder is not None:
-            encoded = self._encode_prompts(prefixes, prompts)
+            encoded = run_encoder(self._encoder, prefixes, prompts)
             prefixes, prompts = prefixes[:, :0], [[self.manifest.tokens.bos]] * len(prompts)
         return CachedDecoder(self._decoder, spec, prefixes, prompts, options.num_rows, options.max_new_tokens, encoded)
-
-    def _encode_prompts(self, prefixes: Array, prompts: list[list[int]]) -> dict[str, Array]:
-        """Run the encoder over [prefix, prompt] of every image, right-padded: what the decoder looks at."""
-        assert self._encoder is not None
-        batch, num_queries, width = prefixes.shape
-        lengths = np.array([num_queries + len(prompt) for prompt in prompts])
-        num_rows = padded(int(lengths.max()))  # E
-        prefix = np.zeros((batch, num_rows, width), np.float32)
-        prefix[:, :num_queries] = prefixes
-        input_ids = np.zeros((batch, num_rows), np.int64)
-        input_ids[:, :num_queries] = -1  # rows of the prefix
-        for b, prompt in enumerate(prompts):
-            input_ids[b, num_queries : lengths[b]] = prompt
-        rows = np.arange(num_rows)
-        mask = np.where(rows < lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]  # [B, 1, 1, E]
-        keys_and_values = self._encoder(
-            prefix=prefix, input_ids=input_ids, positions=np.tile(rows, (batch, 1)), encoder_mask=mask
-        )
-        return {**keys_and_values, "encoder_mask": mask}
 
     def _history(self, prompt: list[int], options: ResolvedOptions) -> list[int]:
         """What the repetition and n-gram rules see before the first token.

@@ -7,6 +7,7 @@ image_embeds, text_ids  ── itm ──> itm_logits [B, Q, 2]          one row
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .backends import Stage
 from .errors import InputError
 from .manifest import Manifest
 from .preprocess import ImageSource, preprocess
-from .results import ImageFeatures, MatchScores
+from .results import Caption, ImageFeatures, MatchScores
 from .stages import ITM, MASKED, QFORMER, TEXT, VISION
 from .tokenizer import TextTokenizer
 
@@ -121,6 +122,21 @@ class RetrievalEngine:
         logits = self.itm_logits([f.image_embeds for f in features], ids, pairs)
         logits = logits.reshape(*itc.shape, 2)  # [I, T, 2]
         return MatchScores(itc, logits[..., 1], match_probability(logits))
+
+    def rerank(self, features: Sequence[ImageFeatures], captions: Sequence[Caption]) -> list[Caption]:
+        """Each caption and its alternatives in the order of their ITM logits; an empty text comes last."""
+        reordered = []
+        for seen, caption in zip(features, captions, strict=True):
+            sequences = [caption, *caption.alternatives]
+            places = [place for place, sequence in enumerate(sequences) if sequence.text]
+            ids = self.token_ids([sequences[place].text for place in places]) if places else []
+            logits = np.full(len(sequences), -np.inf)
+            logits[places] = self.itm_logits([seen.image_embeds], ids, [(0, text) for text in range(len(ids))])[:, 1]
+            best, *others = np.argsort(-logits, kind="stable")
+            alternatives = [replace(sequences[place], alternatives=[]) for place in others]
+            fields = vars(sequences[best]) | {"alternatives": alternatives}
+            reordered.append(Caption(**fields))
+        return reordered
 
     def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Array, Array]]:
         """Places in `rows`, ids [B, L] and mask [B, 1, 1, L] of texts that are padded to the same length.

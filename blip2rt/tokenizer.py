@@ -72,6 +72,16 @@ class Tokenizer(_TokenizerFile):
             raise InputError(f"the prompt {prompt!r} holds the placeholder of the image, which blip2rt puts in itself")
         return ids if self.for_encoder else [self.tokens.bos, *ids]
 
+    def encode_answer(self, text: str) -> list[int]:
+        """An answer -> the ids that a model would generate for it, without the stop token.
+
+        Raises:
+            InputError: the model has no stop token, or text for no embedding row.
+        """
+        if not self.tokens.stop:
+            raise InputError("this model has no stop token, and candidates are compared with it: generate the answer")
+        return self._ids(text.strip() if self.for_encoder else f" {text.strip()}", "the candidate")
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Ids -> text, special tokens skipped, not stripped."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -6,10 +6,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from blip2rt.errors import InputError
-from blip2rt.evaluation import vqa_accuracy, vqa_table
+from blip2rt.evaluation import recall_at, retrieval_table, vqa_accuracy, vqa_table
 
 VQA = Path(__file__).parents[2] / "shared" / "fixtures" / "vqa"
 
@@ -58,3 +59,20 @@ def test_vqa_wrong_calls() -> None:
     ):
         with pytest.raises(InputError, match=message):
             vqa_accuracy(prediction, answers, rule)  # type: ignore[arg-type]
+
+
+def test_recall_counts_what_brute_force_counts() -> None:
+    rng = np.random.default_rng(0)
+    image_of_text = np.sort(rng.integers(0, 20, 70))
+    image_of_text[:20] = range(20)
+    i2t, t2i = rng.standard_normal((20, 70)), rng.standard_normal((70, 20))
+    table = retrieval_table(i2t, t2i, image_of_text.tolist())
+    for k in (1, 5, 10):
+        texts = [any(image_of_text[t] == i for t in np.argsort(-i2t[i])[:k]) for i in range(20)]
+        images = [image_of_text[t] in np.argsort(-t2i[t])[:k] for t in range(70)]
+        assert table[f"txt_r{k}"] == pytest.approx(100 * np.mean(texts))
+        assert table[f"img_r{k}"] == pytest.approx(100 * np.mean(images))
+    assert table["r_mean"] == pytest.approx(np.mean([table[f"{d}_r{k}"] for d in ("txt", "img") for k in (1, 5, 10)]))
+    assert recall_at(np.array([[1.0, 1.0]]), [[1]], ks=(1,)) == {1: 0.0}  # of equal ones the first is better
+    with pytest.raises(InputError, match="each row needs one"):
+        recall_at(i2t, [[]] * 20)

@@ -18,13 +18,18 @@ PROGRAMS = sorted(
 
 # A part (a module, or a folder as a whole) imports only parts of the layers before its own.
 RUNTIME_LAYERS = (
-    {"__init__", "errors", "stages", "results", "progress", "trace", "bundled"},
-    {"manifest", "native", "options", "evaluation"},
+    {"__init__", "errors", "stages", "results", "progress", "trace", "bundled", "cli_output"},
+    {"manifest", "native", "options", "evaluation", "gallery_store", "data"},
     {"engine_directory", "backends"},
     {"preprocess", "tokenizer", "search", "decoder"},
     {"inputs", "retrieval"},
+    {"candidates"},
     {"pipeline", "inspection"},
+    {"gallery", "presets"},
+    {"inference", "evaluate_retrieval"},
+    {"evaluate"},
     {"bulk"},
+    {"cli_retrieval"},
     {"cli"},
     {"__main__"},
 )
@@ -39,7 +44,11 @@ EXCEPTIONS = {("blip2rt/export/verify.py", "backends")}
 ON_DEMAND = {("cli", "export"), ("cli", "model")}
 
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
-EXTRA_PACKAGES = {"bulk": {"pyarrow"}}  # inside a function only: they are not installed with the runtime
+# inside a function only: they are not installed with the runtime
+EXTRA_PACKAGES = {
+    "bulk": {"pyarrow"},
+    "evaluation": {"pycocoevalcap"},
+}
 EXPORTER_PACKAGES = {
     "model": {"torch", "safetensors", "huggingface_hub"},
     "export": {"torch", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "transformers"},

@@ -182,6 +182,18 @@ def test_both_engines_of_a_folder(engine: Path, tiny_engine: Path, tmp_path: Pat
     expected = pipe.match(picture, texts)
     for given in (picture, features):
         assert (both.match(given, texts).itm == expected.itm).all()
+    plain = both.caption(picture, num_beams=4, num_return_sequences=4, max_new_tokens=5)
+    ranked = both.caption([picture, features], rerank="itm", num_beams=4, max_new_tokens=5)
+    for caption in ranked:
+        found = [caption, *caption.alternatives]
+        assert sorted(c.token_ids for c in found) == sorted(c.token_ids for c in [plain, *plain.alternatives])
+        texts_in_order = [c.text for c in found if c.text]
+        assert texts_in_order == [c.text for c in found][: len(texts_in_order)]
+        assert (np.diff(both.match(picture, texts_in_order).itm[0]) <= 0).all()
+    with pytest.raises(InputError, match="rerank must be 'itm' or None, not 'itc'"):
+        both.caption(picture, rerank="itc")
+    with pytest.raises(EngineError, match="without ITC and ITM heads"):
+        generative.caption(picture, rerank="itm")
     with pytest.raises(InputError, match="encoded without a retrieval engine"):
         both.match(generative.encode(picture), texts)
     (tmp_path / "itm2").symlink_to(engine)

@@ -1,5 +1,7 @@
 """How good answers, captions and rankings are, by the rules that papers use."""
 
+from .captions import CaptionScores, score_captions
+from .recall import recall_at, retrieval_table
 from .vqa import vqa_accuracy, vqa_table
 
-__all__ = ["vqa_accuracy", "vqa_table"]
+__all__ = ["CaptionScores", "recall_at", "retrieval_table", "score_captions", "vqa_accuracy", "vqa_table"]

@@ -1,0 +1,118 @@
+"""A gallery from ten thousand to a million images: how fast it grows and is searched, and in how much memory.
+
+    python benchmarks/gallery.py --directory SCRATCH [--images 1000000]        (16.4 GB of disk for a million)
+
+Vectors are synthetic, of full size (32 queries x 256), float16 on disk. At 10^4, 10^5, ... images 32 texts are
+searched in one pass, ITC alone, in a process of its own whose peak memory is read; in the same process the shards are
+read from front to back without any arithmetic (`read`), which is the ceiling of a search. The page cache is as warm as
+it is.
+The last line on stdout is one JSON object, also written to `benchmarks/results/gallery.json`. Exit status 1 when a
+search holds more than 2 GB, or reads at less than half the rate of `read`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from blip2rt import Gallery
+
+RESULT = Path(__file__).parent / "results" / "gallery.json"
+QUERIES, WIDTH, TEXTS, ADDED_AT_ONCE = 32, 256, 32, 2000
+IMAGE_BYTES = 2 * QUERIES * WIDTH
+LEAST_SHARE, MOST_MEMORY = 0.5, 2e9
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="How fast a gallery grows and is searched.")
+    parser.add_argument("--directory", type=Path, required=True, help="where the gallery is built, and removed again")
+    parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--search", type=Path, help=argparse.SUPPRESS)  # the other process
+    arguments = parser.parse_args(argv)
+    if arguments.search:
+        print(json.dumps(measure_search(arguments.search)))
+        return 0
+    path = arguments.directory / "gallery"
+    sizes, size = [], 10_000
+    while size < arguments.images:
+        sizes.append(size)
+        size *= 10
+    rows = []
+    try:
+        for size in [*sizes, arguments.images]:
+            added = grow(path, size)
+            command = [sys.executable, __file__, "--directory", str(arguments.directory), "--search", str(path)]
+            searched = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            rows.append({"images": size, "added_per_second": added, **searched})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+    result = {
+        "command": "python benchmarks/gallery.py --directory SCRATCH",
+        "task": f"{TEXTS} texts in one pass, ITC alone, {QUERIES} x {WIDTH} float16 an image",
+        "cores": len(os.sched_getaffinity(0)),
+        "sizes": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result))
+    last = rows[-1]
+    return int(last["peak_bytes"] > MOST_MEMORY or last["search_over_read"] < LEAST_SHARE)
+
+
+def grow(path: Path, size: int) -> float:
+    """Fill a gallery up to `size` images; images a second, the drawing of the vectors not counted."""
+    seconds, added = 0.0, 0
+    with Gallery(path) as gallery:
+        rng = np.random.default_rng(len(gallery))
+        block = rng.standard_normal((ADDED_AT_ONCE, QUERIES, WIDTH), dtype=np.float32)
+        block /= np.linalg.norm(block, axis=-1, keepdims=True)
+        for start in range(len(gallery), size, ADDED_AT_ONCE):
+            count = min(ADDED_AT_ONCE, size - start)
+            vectors = np.roll(block, start // ADDED_AT_ONCE, axis=1)[:count]
+            began = perf_counter()
+            gallery.add_embeddings(vectors, list(range(start, start + count)))
+            seconds += perf_counter() - began
+            added += count
+    return added / seconds
+
+
+def measure_search(path: Path) -> dict[str, Any]:
+    """Rates in bytes a second, and the peak of this process."""
+    gallery = Gallery(path)
+    rng = np.random.default_rng(1)
+    texts = rng.standard_normal((TEXTS, WIDTH)).astype(np.float32)
+    texts /= np.linalg.norm(texts, axis=-1, keepdims=True)
+    size = len(gallery) * IMAGE_BYTES
+    reads, searches = [], []
+    buffer = np.empty(1 << 24, np.uint8)
+    for _ in range(2):
+        began = perf_counter()
+        for shard in sorted(path.glob("itc-*.f16")):
+            with shard.open("rb", buffering=0) as stream:
+                while stream.readinto(buffer.data):
+                    pass
+        reads.append(perf_counter() - began)
+        began = perf_counter()
+        gallery.nearest(texts, 128)
+        searches.append(perf_counter() - began)
+    return {
+        "bytes_per_image": sum(file.stat().st_size for file in path.iterdir()) / len(gallery),
+        "search_seconds": min(searches),
+        "search_bytes_per_second": size / min(searches),
+        "read_bytes_per_second": size / min(reads),
+        "search_over_read": min(reads) / min(searches),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

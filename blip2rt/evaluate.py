@@ -1,0 +1,166 @@
+"""A preset over its data set: predictions that a kill does not lose, the official submission file, and the table.
+
+The folder of a run holds `run.json` (what is evaluated with what), `predictions.jsonl` (one line for each picture or
+question, appended batch by batch; of retrieval what `evaluate_retrieval` says), and, at the end, `submission.json` and
+`table.json`.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from .data import CaptionItem, Question, read_captions, read_questions
+from .errors import InputError
+from .evaluate_retrieval import evaluate_retrieval
+from .evaluation import score_captions, vqa_table
+from .inputs import BATCH_SIZE
+from .pipeline import Pipeline
+from .presets import RETRIEVE, VQA, Preset
+from .progress import Progress
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out, beside what was published; percent. `not_scored` says why a metric is missing."""
+
+    preset: str
+    source: str
+    items: int
+    found: dict[str, float]
+    published: dict[str, float]
+    not_scored: dict[str, str]
+    differs: list[str]  # how the engine differs from what the preset asks for, where the caller insisted
+
+    def __str__(self) -> str:
+        rows = [f"{self.preset}: {self.items} items ({self.source})", f"{'':<24}{'here':>10}{'published':>12}"]
+        for name in dict.fromkeys((*self.published, *self.found)):
+            here = f"{self.found[name]:.2f}" if name in self.found else "not scored"
+            there = f"{self.published[name]:.2f}" if name in self.published else ""
+            rows.append(f"{name:<24}{here:>10}{there:>12}")
+        rows += [f"not scored: {name} ({reason})" for name, reason in self.not_scored.items()]
+        rows += [f"not the preset's engine: {difference}" for difference in self.differs]
+        return "\n".join(rows)
+
+
+def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_engine: bool = False) -> Report:
+    """Run a preset, or go on with a run that was interrupted.
+
+    Args:
+        preset: from `presets`.
+        pipe: the engine.
+        data: folder of the data set, as it is published.
+        output: folder of the run.
+        any_engine: evaluate an engine that the preset was not published for.
+
+    Raises:
+        InputError: the engine does not fit the preset (it names the export command), the data set is not whole, or
+            `output` holds another run.
+    """
+    manifest = pipe.retrieval_engine.manifest if preset.task == RETRIEVE else pipe.manifest
+    differs = preset.problems(manifest)
+    if differs and not any_engine:
+        raise InputError(
+            f"{pipe.directory} is not the engine of {preset.name}: {'; '.join(differs)}. Make it with "
+            f"`{preset.export_command()}`, or pass --any-engine"
+        )
+    items: Sequence[CaptionItem | Question]
+    if preset.task == VQA:
+        items = read_questions(data, preset.data_set)
+    else:
+        items = read_captions(data, preset.data_set, preset.split)
+    _claim(output, {"preset": asdict(preset), "model_sha256": manifest.source_sha256, "items": len(items)})
+    not_scored: dict[str, str] = {}
+    if preset.task == RETRIEVE:
+        pictures = [item for item in items if isinstance(item, CaptionItem)]
+        found = evaluate_retrieval(pipe, pictures, output, preset.candidates, preset.text_length)
+    else:
+        predictions = _predict(preset, pipe, items, output / "predictions.jsonl")
+        found, not_scored, submission = _score(preset, items, predictions)
+        _write(output / "submission.json", submission)
+    report = Report(preset.name, preset.source, len(items), found, preset.published, not_scored, differs)
+    _write(output / "table.json", asdict(report))
+    return report
+
+
+def _claim(output: Path, run: dict[str, Any]) -> None:
+    """Make the folder of a run, or see that it is of the same one."""
+    run = json.loads(json.dumps(run))
+    path = output / "run.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if json.loads(path.read_text("utf-8")) != run:
+            raise InputError(f"{output} holds another run (another preset, model or data set): choose another --output")
+    elif any(output.iterdir()):
+        raise InputError(f"{output} holds files of something else: choose another --output")
+    else:
+        _write(path, run)
+
+
+def _predict(
+    preset: Preset, pipe: Pipeline, items: Sequence[CaptionItem | Question], path: Path
+) -> dict[int | str, str]:
+    """Texts by id; those that are in the file already are not asked for again."""
+    done = dict(_read_predictions(path))
+    left = [item for item in items if item.id not in done]
+    bar = Progress(preset.name, len(items))
+    bar.advance(len(items) - len(left))
+    with path.open("a", encoding="utf-8") as stream:
+        for start in range(0, len(left), BATCH_SIZE):
+            batch = left[start : start + BATCH_SIZE]
+            prompts = [preset.ask(i.question) if isinstance(i, Question) else preset.prompt for i in batch]
+            results = pipe.generate([item.path for item in batch], prompts, options=preset.options)
+            for item, result in zip(batch, results, strict=True):
+                done[item.id] = result.text
+                stream.write(json.dumps({"id": item.id, "text": result.text}) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+            bar.advance(len(batch))
+    bar.close()
+    return done
+
+
+def _read_predictions(path: Path) -> Iterator[tuple[int | str, str]]:
+    """What an earlier run has written; a line that it did not finish is cut off."""
+    if not path.exists():
+        return
+    whole = 0
+    with path.open("rb") as stream:
+        for line in stream:
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            whole += len(line)
+            yield row["id"], row["text"]
+    os.truncate(path, whole)
+
+
+def _score(
+    preset: Preset, items: Sequence[CaptionItem | Question], texts: dict[int | str, str]
+) -> tuple[dict[str, float], dict[str, str], list[dict[str, Any]]]:
+    """Scores in percent, why others are missing, and the submission in the official format."""
+    if preset.task == VQA:
+        questions = [item for item in items if isinstance(item, Question)]
+        submission = [{"question_id": q.id, "answer": texts[q.id]} for q in questions]
+        if preset.data_set == "gqa":
+            right = [texts[q.id].strip().lower() == q.answers[0] for q in questions]
+            return {"accuracy": round(100 * sum(right) / len(right), 2)}, {}, submission
+        rows = [{**asdict(q), "answers": list(q.answers), "prediction": texts[q.id]} for q in questions]
+        table = vqa_table(rows, preset.rule)
+        found = {"accuracy": table["overall"]} | {f"accuracy, {k}": v for k, v in table["perAnswerType"].items()}
+        return found, {}, submission
+    pictures = [item for item in items if isinstance(item, CaptionItem)]
+    submission = [{"image_id": picture.id, "caption": texts[picture.id]} for picture in pictures]
+    scored = score_captions(
+        {picture.id: texts[picture.id] for picture in pictures}, {picture.id: picture.captions for picture in pictures}
+    )
+    return {name: round(100 * value, 2) for name, value in scored.scores.items()}, scored.not_scored, submission
+
+
+def _write(path: Path, content: Any) -> None:
+    """In one step, so that a kill leaves no half of it."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    os.replace(new, path)

@@ -1,0 +1,99 @@
+"""Retrieval both ways over a data set: ITC for all pairs, ITM for the nearest, as LAVIS's evaluation does it.
+
+Features of the images lie in a gallery in the folder of the run, and what ITM said of an image is a line of
+`itm.jsonl`: a run that was killed goes on with the image after the last line.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .data import CaptionItem
+from .evaluation import retrieval_table
+from .evaluation.recall import NOT_RANKED
+from .gallery import ADD_BATCH, Gallery, top
+from .pipeline import Pipeline
+from .progress import Progress
+from .retrieval import RetrievalEngine
+
+Array = np.ndarray[Any, Any]
+
+
+def evaluate_retrieval(
+    pipe: Pipeline, items: Sequence[CaptionItem], output: Path, candidates: int, text_length: int
+) -> dict[str, float]:
+    """Recall in percent, by the names of `retrieval_table`.
+
+    Args:
+        pipe: with a retrieval engine.
+        items: pictures with their captions.
+        output: folder of the run.
+        candidates: that ITM looks at for each query.
+        text_length: tokens that texts are cut to.
+    """
+    engine = pipe.retrieval_engine
+    with Gallery(output / "gallery", pipe) as gallery:
+        known = set(gallery.ids)
+        left = [item for item in items if item.id not in known]
+        for start in range(0, len(left), ADD_BATCH):
+            batch = left[start : start + ADD_BATCH]
+            gallery.add([item.path for item in batch], [item.id for item in batch])
+        ids = _cut(engine.token_ids([text for item in items for text in item.captions]), text_length)
+        image_of_text = [image for image, item in enumerate(items) for _ in item.captions]
+        itc = gallery.cosines(engine.embed(ids), [item.id for item in items])  # [I, T]
+        i2t, t2i = np.full(itc.shape, NOT_RANKED, np.float32), np.full(itc.T.shape, NOT_RANKED, np.float32)
+        texts_of = top(itc, min(candidates, len(ids)))[1]
+        images_of = top(np.ascontiguousarray(itc.T), min(candidates, len(items)))[1]
+        wanted: list[set[int]] = [set(texts) for texts in texts_of.tolist()]
+        for text, images in enumerate(images_of.tolist()):
+            for image in images:
+                wanted[image].add(text)
+        logits = _itm_logits(engine, gallery, items, ids, wanted, output / "itm.jsonl")
+    for image, texts in enumerate(texts_of.tolist()):
+        i2t[image, texts] = [itc[image, text] + logits[image][text] for text in texts]
+    for text, images in enumerate(images_of.tolist()):
+        t2i[text, images] = [itc[image, text] + logits[image][text] for image in images]
+    return {name: round(value, 2) for name, value in retrieval_table(i2t, t2i, image_of_text).items()}
+
+
+def _itm_logits(
+    engine: RetrievalEngine,
+    gallery: Gallery,
+    items: Sequence[CaptionItem],
+    ids: Sequence[list[int]],
+    wanted: Sequence[set[int]],
+    path: Path,
+) -> list[dict[int, float]]:
+    """Of each image, the logits of the texts that are wanted of it."""
+    found: list[dict[int, float]] = []
+    whole = 0
+    if path.exists():
+        with path.open("rb") as stream:
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    break  # its writer was killed
+                found.append({int(text): logit for text, logit in json.loads(line).items()})
+                whole += len(line)
+        os.truncate(path, whole)
+    bar = Progress("ITM", len(items))
+    bar.advance(len(found))
+    with path.open("a", encoding="utf-8") as stream:
+        for image in range(len(found), len(items)):
+            texts = sorted(wanted[image])
+            seen = gallery.image_embeds(items[image].id)
+            logits = engine.itm_logits([seen], ids, [(0, text) for text in texts])[:, 1].tolist()
+            found.append(dict(zip(texts, logits, strict=True)))
+            stream.write(json.dumps(found[-1]) + "\n")
+            stream.flush()
+            bar.advance()
+    bar.close()
+    return found
+
+
+def _cut(rows: Sequence[list[int]], length: int) -> list[list[int]]:
+    """Texts of at most `length` tokens; the last one stays the end."""
+    return [row if len(row) <= length else [*row[: length - 1], row[-1]] for row in rows]
