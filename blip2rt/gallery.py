@@ -6,7 +6,9 @@ text  ── Pipeline ──> itc_embeds [T, E]
       ── itm ───────> the same rows by ITM logit + cosine         one pass over the candidates for all texts
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from .progress import progress
 
 Array = np.ndarray[Any, Any]
 
-BLOCK_IMAGES = 256  # whose embeddings are float32 at a time
+BLOCK_IMAGES = 32  # whose embeddings a core widens to float32 at a time: they stay in its cache
 ADD_BATCH = 64  # images that are embedded and committed together, and whose features are re-ranked together
 RERANKED = 128  # candidates that ITM looks at: LAVIS's k_test
 
@@ -244,14 +246,15 @@ class Gallery:
     def _cosines(self, text_embeds: Array) -> Iterator[tuple[int, Array]]:
         """First row and cosines [n, T] of every shard, dead rows included."""
         texts = np.ascontiguousarray(text_embeds.T, np.float32)  # [E, T]
-        for first, shard in self._store.shards("itc"):
-            num_queries, width = shard.shape[1:]
-            cosines = np.empty((len(shard), texts.shape[1]), np.float32)
-            for start in range(0, len(shard), BLOCK_IMAGES):
-                block = shard[start : start + BLOCK_IMAGES].astype(np.float32)  # [n, Q, E]
-                products = block.reshape(-1, width) @ texts  # [n*Q, T]
-                cosines[start : start + len(block)] = products.reshape(len(block), num_queries, -1).max(axis=1)
-            yield first, cosines
+
+        def compare(half: Array) -> Array:
+            products = widened(half).reshape(-1, len(texts)) @ texts  # [n*Q, T]
+            return products.reshape(len(half), -1, texts.shape[1]).max(axis=1)  # [n, T]
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for first, shard in self._store.shards("itc"):
+                starts = range(0, len(shard), BLOCK_IMAGES)
+                yield first, np.concatenate(list(pool.map(compare, (shard[s : s + BLOCK_IMAGES] for s in starts))))
 
     def _rerank(self, token_ids: list[list[int]], rows: Array, cosines: Array) -> tuple[Array, Array]:
         """The same rows by ITM logit + cosine; the features of an image are read once for all texts."""
@@ -302,6 +305,18 @@ def top(scores: Array, k: int) -> tuple[Array, Array]:
     else:
         places = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(scores, places, axis=1), places
+
+
+def widened(half: Array) -> Array:
+    """float16 as float32, exactly; finite values. Four passes of whole registers, where numpy takes 3 times as long.
+
+    Exponent and fraction move to where float32 has them, and a product with 2 ** 112 makes up for the other bias.
+    """
+    bits = half.view(np.int16).astype(np.int32)  # the sign fills the upper half
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, ~0x70000000, out=bits)  # of the sign, one bit is to stay
+    wide: Array = bits.view(np.float32)
+    return np.multiply(wide, np.float32(2.0**112), out=wide)
 
 
 def _checked_count(name: str, value: Any, least: int) -> int:

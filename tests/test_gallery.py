@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2rt import EngineError, Gallery, InputError, Pipeline, gallery_store
+from blip2rt.gallery import widened
 
 Array = np.ndarray[Any, Any]
 
@@ -52,6 +53,13 @@ def test_search_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (rows == kept[expected]).all()
     assert rows[0, :2].tolist() == [777, 12_345]
     assert (np.diff(cosines, axis=1) <= 0).all()
+
+
+def test_every_half_is_widened_exactly() -> None:
+    """The slow twin is numpy's own conversion."""
+    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)]
+    assert (widened(half).view(np.uint32) == half.astype(np.float32).view(np.uint32)).all()
 
 
 @settings(max_examples=25, deadline=None)
