@@ -221,6 +221,18 @@ def tiny_engine(tiny_checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_retrieval_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random retrieval model. Do not write into it."""
+    return make_retrieval_checkpoint(tmp_path_factory.mktemp("tiny-retrieval") / "checkpoint", seed=7)
+
+
+@pytest.fixture(scope="session")
+def tiny_retrieval_engine(tiny_retrieval_checkpoint: Path) -> Path:
+    """Its engine directory. Do not write into it."""
+    return export_engine(tiny_retrieval_checkpoint, tiny_retrieval_checkpoint.parent / "engine")
+
+
+@pytest.fixture(scope="session")
 def tiny_pipeline(tiny_engine: Path) -> Pipeline:
     """The pipeline of the tiny engine."""
     return Pipeline(tiny_engine)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,17 +123,8 @@ def test_captions(tiny_pipeline: Pipeline, coco: Path, tmp_path: Path, monkeypat
     assert rows == [{"image_id": i, "caption": text} for i, text in enumerate(texts)]
 
 
-def test_retrieval(
-    coco: Path,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    retrieval_checkpoint_maker: Callable[..., Path],
-) -> None:
-    from blip2rt.export import export_engine
-
-    folder = tmp_path_factory.mktemp("retrieval")
-    engine = export_engine(retrieval_checkpoint_maker(folder / "checkpoint", seed=7), folder / "engine")
-    pipe = Pipeline(engine, threads=1)
+def test_retrieval(coco: Path, tmp_path: Path, tiny_retrieval_engine: Path) -> None:
+    pipe = Pipeline(tiny_retrieval_engine, threads=1)
     preset = find_preset("paper-coco-retrieval")
     table, _ = run(preset, pipe, coco, tmp_path / "run")
     items = read_captions(coco, "coco", "test")

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +166,8 @@ def test_wrong_calls(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory, retrieval_checkpoint_maker: Callable[..., Path]) -> Pipeline:
-    from blip2rt.export import export_engine
-
-    folder = tmp_path_factory.mktemp("gallery")
-    checkpoint = retrieval_checkpoint_maker(folder / "checkpoint", seed=7)
-    return Pipeline(export_engine(checkpoint, folder / "engine"), threads=1)
+def pipe(tiny_retrieval_engine: Path) -> Pipeline:
+    return Pipeline(tiny_retrieval_engine, threads=1)
 
 
 def test_images_are_found_by_texts(pipe: Pipeline, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Retrieval engines: what transformers' `Blip2ForImageTextRetrieval` gives, every pair of a picture and a text alone.
 
-3 random checkpoints; BLIP2RT_RETRIEVAL=20 asks for more.
+2 random checkpoints; BLIP2RT_RETRIEVAL=20 asks for more.
 """
 
 import json
@@ -23,7 +23,7 @@ from blip2rt.export.verify import verify_engine
 
 Array = np.ndarray[Any, Any]
 
-CHECKPOINTS = int(os.environ.get("BLIP2RT_RETRIEVAL", "3"))
+CHECKPOINTS = int(os.environ.get("BLIP2RT_RETRIEVAL", "2"))
 TOLERANCE = 2e-5  # of features, absolute, and of scores relative to the largest
 
 
@@ -37,13 +37,13 @@ def _one_thread() -> Any:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, retrieval_checkpoint_maker: Callable[..., Path]) -> Path:
-    return retrieval_checkpoint_maker(tmp_path_factory.mktemp("retrieval") / "checkpoint", seed=7)
+def checkpoint(tiny_retrieval_checkpoint: Path) -> Path:
+    return tiny_retrieval_checkpoint
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Path:
-    return export_engine(checkpoint, checkpoint.parent / "engines" / "itm")
+def engine(tiny_retrieval_engine: Path) -> Path:
+    return tiny_retrieval_engine
 
 
 @pytest.fixture(scope="module")
