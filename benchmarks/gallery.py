@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         sizes.append(size)
         size *= 10
     rows = []
+    shutil.rmtree(path, ignore_errors=True)  # what a killed run has left
     try:
         for size in [*sizes, arguments.images]:
             added = grow(path, size)
