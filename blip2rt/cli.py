@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .arguments import add_bulk, add_engine, add_options, add_parts, add_serve, add_sizes
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError
@@ -22,15 +23,11 @@ from .options import GenerationOptions, resolve_options
 from .pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
 from .progress import progress
 from .results import Generation
+from .server.settings import ServerSettings
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
-OPTION_TYPES: dict[str, Callable[[str], Any]] = {
-    "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
-    "rules": str,
-}
 SOURCE_OPTIONS = ("config", "vision", "llm", "image_size", "vision_layers")  # fields of CheckpointSource
-FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -140,6 +137,25 @@ def eval(arguments: argparse.Namespace) -> int:
     output = Path(arguments.output or f"eval-{preset.name}")
     report = evaluate(preset, pipe, Path(arguments.data), output, any_engine=arguments.any_engine)
     print(json.dumps(asdict(report)) if arguments.json else report)
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Answer over HTTP: OpenAI's chat, the Open Inference Protocol, uploads, and a page."""
+    with _extra("serve"):
+        from .server.run import serve as run_server
+
+    limits = {name: getattr(arguments, name) for name, _, _ in ServerSettings.limits()}
+    keys = tuple(Path(arguments.api_keys).read_text().split()) if arguments.api_keys else ()
+    settings = ServerSettings(**limits, api_keys=keys, allow_hosts=tuple(arguments.allow_host))
+    run_server(
+        arguments.engine,
+        host=arguments.host,
+        port=arguments.port,
+        name=arguments.name,
+        threads=arguments.threads,
+        settings=settings,
+    )
     return 0
 
 
@@ -266,8 +282,8 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument(
         "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
     )
-    _add_parts(exporter)
-    _add_sizes(exporter)
+    add_parts(exporter)
+    add_sizes(exporter)
     exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
     exporter.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
     exporter.add_argument("--device", default="cpu", help="cpu")
@@ -282,20 +298,21 @@ def _parser() -> argparse.ArgumentParser:
     converter.add_argument("output", metavar="OUT", help="a directory (transformers) or a .pth (LAVIS, mmpretrain)")
     converter.add_argument("--to", required=True, metavar="FORMAT", help="transformers, lavis or mmpretrain")
     converter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
-    _add_parts(converter)
+    add_parts(converter)
 
     for run in (caption, answer, generate):
         added = command(run)
         added.add_argument("images", nargs="+", metavar="IMAGE")
-        _add_engine(added)
+        add_engine(added)
         if run is answer:
             added.add_argument("--question", required=True)
         else:
             added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
-        _add_options(added)
-    _add_bulk(command(bulk))
+        add_options(added)
+    add_bulk(command(bulk))
+    add_serve(command(serve))
 
-    add_retrieval_commands(command, _add_engine)
+    add_retrieval_commands(command, add_engine)
 
     evaluator = command(eval)
     evaluator.add_argument("preset", metavar="PRESET")
@@ -303,71 +320,16 @@ def _parser() -> argparse.ArgumentParser:
     evaluator.add_argument("--output", metavar="DIR", help="folder of the run (default: eval-PRESET)")
     evaluator.add_argument("--any-engine", action="store_true", help="also one that the preset was not published for")
     evaluator.add_argument("--threads", type=int, help="cores to use (default: all)")
-    _add_engine(evaluator)
+    add_engine(evaluator)
 
     verifier = command(verify)
     verifier.add_argument("engine", metavar="ENGINE")
     verifier.add_argument("--model", required=True, help="the checkpoint that the engine was built from")
-    _add_parts(verifier)
-    _add_sizes(verifier)
+    add_parts(verifier)
+    add_sizes(verifier)
     inspector = command(inspect)
     inspector.add_argument("engine", metavar="ENGINE")
     for added in (verifier, inspector):
         added.add_argument("--name", help="which engine of a folder")
         added.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
-
-
-def _add_parts(parser: argparse.ArgumentParser) -> None:
-    """What the files of LAVIS and mmpretrain do not say or hold themselves."""
-    parser.add_argument("--config", metavar="FILE|NAME", help="a Blip2Config as JSON, or a name like blip2-opt-2.7b")
-    parser.add_argument("--vision", metavar="FILE", help="the image encoder of a LAVIS file without one")
-    parser.add_argument("--llm", metavar="DIR|ID", help="the language model of a file without one")
-
-
-def _add_sizes(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to N pixels")
-    parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")
-    parser.add_argument("--name", help="which engine of a folder")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--threads", type=int, help="cores to use (default: all)")
-    for field in fields(GenerationOptions):
-        option = "--" + field.name.replace("_", "-")
-        if field.name == "do_sample":
-            parser.add_argument(option, action="store_true", default=None)
-        else:
-            kind = OPTION_TYPES.get(field.name, float if field.name in FLOATS else int)
-            parser.add_argument(option, type=kind, metavar="VALUE")
-
-
-def _add_bulk(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a folder, a list of paths (.txt), .jsonl, .csv, .tsv, .parquet, or WebDataset shards: a .tar, a pattern "
-        "of them, 'pipe:COMMAND'",
-    )
-    parser.add_argument("--output", required=True, metavar="DEST", help="a file, or a folder, by --format")
-    parser.add_argument("--format", help="jsonl, csv, parquet, webdataset or sidecar (default: DEST's ending)")
-    parser.add_argument("--task", default="caption", help="caption (the default), answer or generate")
-    parser.add_argument("--prompt", help="for all pictures (default: a column 'prompt'; for captions 'a photo of')")
-    parser.add_argument("--question", help="for all pictures (default: a column 'question')")
-    parser.add_argument("--text-column", metavar="NAME", help="column with a question or prompt for every picture")
-    parser.add_argument("--image-column", metavar="NAME", help="column with the picture: its path, or its bytes")
-    parser.add_argument("--id-column", metavar="NAME", help="column that names a row (default: 'id', else the picture)")
-    parser.add_argument("--extension", default=".txt", help="of sidecar files (default: .txt)")
-    parser.add_argument(
-        "--strip-prefix", action="append", default=[], metavar="TEXT", help="take it off the beginning of every text"
-    )
-    parser.add_argument("--workers", type=int, help="processes that decode (default: one for two cores)")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"(default: {BATCH_SIZE})")
-    parser.add_argument("--force", action="store_true", help="throw away an output that is there, and begin anew")
-    _add_engine(parser)
-    _add_options(parser)

@@ -1,0 +1,91 @@
+"""The options that several commands share, and the long lists of some; which command has which stands in cli.py."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from .inputs import BATCH_SIZE
+from .options import GenerationOptions
+from .server.settings import ServerSettings
+
+OPTION_TYPES: dict[str, Callable[[str], Any]] = {
+    "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
+    "rules": str,
+}
+FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """What the files of LAVIS and mmpretrain do not say or hold themselves."""
+    parser.add_argument("--config", metavar="FILE|NAME", help="a Blip2Config as JSON, or a name like blip2-opt-2.7b")
+    parser.add_argument("--vision", metavar="FILE", help="the image encoder of a LAVIS file without one")
+    parser.add_argument("--llm", metavar="DIR|ID", help="the language model of a file without one")
+
+
+def add_sizes(parser: argparse.ArgumentParser) -> None:
+    """Other sizes than the checkpoint's."""
+    parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to N pixels")
+    parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Which engine, and in which form its results come."""
+    parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")
+    parser.add_argument("--name", help="which engine of a folder")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Threads, and every generation option."""
+    parser.add_argument("--threads", type=int, help="cores to use (default: all)")
+    for field in fields(GenerationOptions):
+        option = "--" + field.name.replace("_", "-")
+        if field.name == "do_sample":
+            parser.add_argument(option, action="store_true", default=None)
+        else:
+            kind = OPTION_TYPES.get(field.name, float if field.name in FLOATS else int)
+            parser.add_argument(option, type=kind, metavar="VALUE")
+
+
+def add_bulk(parser: argparse.ArgumentParser) -> None:
+    """Those of `blip2rt bulk`."""
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a folder, a list of paths (.txt), .jsonl, .csv, .tsv, .parquet, or WebDataset shards: a .tar, a pattern "
+        "of them, 'pipe:COMMAND'",
+    )
+    parser.add_argument("--output", required=True, metavar="DEST", help="a file, or a folder, by --format")
+    parser.add_argument("--format", help="jsonl, csv, parquet, webdataset or sidecar (default: DEST's ending)")
+    parser.add_argument("--task", default="caption", help="caption (the default), answer or generate")
+    parser.add_argument("--prompt", help="for all pictures (default: a column 'prompt'; for captions 'a photo of')")
+    parser.add_argument("--question", help="for all pictures (default: a column 'question')")
+    parser.add_argument("--text-column", metavar="NAME", help="column with a question or prompt for every picture")
+    parser.add_argument("--image-column", metavar="NAME", help="column with the picture: its path, or its bytes")
+    parser.add_argument("--id-column", metavar="NAME", help="column that names a row (default: 'id', else the picture)")
+    parser.add_argument("--extension", default=".txt", help="of sidecar files (default: .txt)")
+    parser.add_argument(
+        "--strip-prefix", action="append", default=[], metavar="TEXT", help="take it off the beginning of every text"
+    )
+    parser.add_argument("--workers", type=int, help="processes that decode (default: one for two cores)")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"(default: {BATCH_SIZE})")
+    parser.add_argument("--force", action="store_true", help="throw away an output that is there, and begin anew")
+    add_engine(parser)
+    add_options(parser)
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """Those of `blip2rt serve`; every limit of a server is one."""
+    parser.add_argument("engine", nargs="?", default="engines", metavar="ENGINE", help="engine directory, or a folder")
+    parser.add_argument("--name", help="which engine of a folder")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000; 0: any)")
+    parser.add_argument("--threads", type=int, help="cores to use (default: all)")
+    parser.add_argument("--api-keys", metavar="FILE", help="file with a key a line (default: everybody may ask)")
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this host as well"
+    )
+    for name, default, what in ServerSettings.limits():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=type(default), default=default, help=f"{what} (default: {default})")

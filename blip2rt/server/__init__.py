@@ -1,0 +1,7 @@
+"""BLIP-2 over HTTP: OpenAI's chat, the Open Inference Protocol, plain uploads, and a page to try it.
+
+request ── middleware: key, size, slow bodies ──> route ── pictures: limits, decoding ──> pixel values [3, S, S]
+        ── batching: what waits goes through the engines together ──> results ── route ──> response or events
+
+`run.py` starts it. Only `blip2rt serve` imports this; it needs `pip install 'blip2rt[serve]'`.
+"""

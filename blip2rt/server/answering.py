@@ -1,0 +1,174 @@
+"""From encoded pictures to results, for every route: limits, decoding in threads, waiting, leaving."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from time import monotonic
+from typing import Any
+
+from starlette.requests import Request
+
+from ..errors import InputError
+from ..options import GenerationOptions, ResolvedOptions, resolve_options
+from ..pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS
+from ..results import Generation
+from ..tokenizer import QUESTION_PROMPT, SHORT_QUESTION_PROMPT
+from .batching import GoneError, Job, QueueFullError
+from .engines import Engine
+from .errors import HttpError
+from .fetching import fetch
+from .pictures import check_picture, decode_data_url
+from .settings import ServerSettings
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "caption": CAPTION_DEFAULTS, "answer": ANSWER_DEFAULTS, "generate": GENERATE_DEFAULTS,
+}  # fmt: skip
+RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
+LOOK_SECONDS = 0.2  # how often a request looks whether its client is still there
+
+
+class Answering:
+    """What the routes share. One for a server."""
+
+    def __init__(self, settings: ServerSettings, num_threads: int):
+        self.settings = settings
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="pictures")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def options(self, task: str, given: Mapping[str, Any]) -> ResolvedOptions:
+        """Generation options of a request, within the server's limits.
+
+        Raises:
+            InputError: an unknown or wrong option, or more than the server allows.
+        """
+        known = {field.name for field in fields(GenerationOptions)}
+        options = resolve_options(
+            DEFAULTS[task], None, {k: v for k, v in given.items() if v is not None or k not in known}
+        )
+        limits = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "num_beams": self.settings.max_beams,
+            "num_return_sequences": self.settings.max_beams,
+        }
+        for name, limit in limits.items():
+            if getattr(options, name) > limit:
+                raise InputError(f"{name}={getattr(options, name)} is more than this server allows: {limit}")
+        return options
+
+    async def picture(self, url: str) -> bytes:
+        """The encoded picture that a URL means.
+
+        Raises:
+            ImageError: it is no data URL of a picture, and of no host that may be asked.
+        """
+        if url[:5].lower() == "data:":
+            return decode_data_url(url)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, fetch, url, self.settings)
+
+    async def jobs(
+        self, engine: Engine, pictures: Sequence[bytes], prompts: Sequence[str], options: ResolvedOptions
+    ) -> list[Job]:
+        """Everything checked and decoded, nothing submitted.
+
+        Raises:
+            InputError: a wrong picture (`ImageError`) or prompt.
+        """
+        if len(pictures) > self.settings.max_pictures:
+            raise InputError(f"{len(pictures)} pictures are more than a request may have: {self.settings.max_pictures}")
+        deadline = monotonic() + self.settings.timeout
+        ids = [engine.pipe._prompts(prompt, 1, options)[0] for prompt in prompts]
+        loop = asyncio.get_running_loop()
+        decoded = [loop.run_in_executor(self._threads, self._decode, engine, picture) for picture in pictures]
+        pixels = await asyncio.gather(*decoded)
+        return [Job(p, i, options, deadline) for p, i in zip(pixels, ids, strict=True)]
+
+    def _decode(self, engine: Engine, picture: bytes) -> Any:
+        return engine.pipe.preprocess(check_picture(picture, self.settings))
+
+    def submit(self, engine: Engine, jobs: list[Job]) -> None:
+        """Let jobs wait for the engines.
+
+        Raises:
+            HttpError: 429, there is no room.
+        """
+        try:
+            engine.batcher.submit(jobs)
+        except QueueFullError:
+            seconds = str(engine.batcher.retry_after())
+            raise HttpError(
+                429, f"too many requests wait: try again in {seconds} s", {"retry-after": seconds}
+            ) from None
+
+    async def results(self, request: Request, engine: Engine, jobs: list[Job]) -> list[Generation]:
+        """Submit jobs and wait. Where the client leaves, or the wait is cancelled, they give back their places.
+
+        Raises:
+            HttpError: 429, 504, or 499 where nobody is there any more to read it.
+        """
+        self.submit(engine, jobs)
+        waiting = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        try:
+            while not waiting.done():
+                left = max(job.deadline for job in jobs) - monotonic()
+                if left <= 0:
+                    raise self.too_late()
+                await asyncio.wait([waiting], timeout=min(LOOK_SECONDS, left))
+                if not waiting.done() and await request.is_disconnected():
+                    raise HttpError(499, "the client has left")
+            return list(waiting.result())
+        except GoneError:
+            raise self.too_late() from None
+        finally:
+            for job in jobs:
+                job.cancelled = True
+            waiting.cancel()
+
+    def stream(self, engine: Engine, job: Job) -> AsyncIterator[str | Generation]:
+        """Submit a job; pieces of its text as they come, then its result.
+
+        Raises:
+            HttpError: at once 429; from the iterator 504.
+        """
+        loop = asyncio.get_running_loop()
+        pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        job.on_text = lambda piece: _tell(loop, pieces, piece)
+        job.future.add_done_callback(lambda _: _tell(loop, pieces, None))
+        self.submit(engine, [job])
+        return self._pieces(job, pieces)
+
+    async def _pieces(self, job: Job, pieces: "asyncio.Queue[str | None]") -> AsyncIterator[str | Generation]:
+        try:
+            async with asyncio.timeout(max(0.0, job.deadline - monotonic())):
+                while (piece := await pieces.get()) is not None:
+                    yield piece
+            yield job.future.result()
+        except (GoneError, TimeoutError):
+            raise self.too_late() from None
+        finally:
+            job.cancelled = True
+
+    def too_late(self) -> HttpError:
+        return HttpError(504, f"no answer within {self.settings.timeout:g} s: ask for fewer tokens, or try later")
+
+
+def _tell(loop: asyncio.AbstractEventLoop, pieces: "asyncio.Queue[str | None]", piece: str | None) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+
+def question_template(engine: Engine) -> str:
+    """How the engine's language model was asked in training."""
+    return QUESTION_PROMPT if engine.pipe._encoder is None else SHORT_QUESTION_PROMPT
+
+
+def row_of(result: Generation) -> dict[str, Any]:
+    """A result with the keys of `blip2rt caption --json`. JSON knows no infinity."""
+    row = {key: getattr(result, key) for key in RESULT_KEYS}
+    row["score"] = result.score if math.isfinite(result.score) else None
+    return row | {"alternatives": [row_of(other) for other in result.alternatives]}

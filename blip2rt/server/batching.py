@@ -1,0 +1,192 @@
+"""Requests that wait go through the engines together; nobody's answer depends on who was beside him.
+
+A batch is what waits when the engines become free, at most `max_batch` pictures: they are encoded together, and decoded
+together where their options are equal. A request joins at the next batch, not at the next step: the decoder's cache is
+laid out when a batch begins. A client that leaves frees its row at the next step.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from ..options import ResolvedOptions
+from ..pipeline import Pipeline
+from ..results import Generation
+from ..search import Search, TokenSequence, run_searches, start_search
+from .metrics import Metrics
+
+Array = np.ndarray[Any, Any]
+LOG = logging.getLogger("blip2rt.server")
+
+
+class QueueFullError(Exception):
+    """As many pictures wait as may wait."""
+
+
+class GoneError(Exception):
+    """The client has left, or the time was up, before there was an answer."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One picture with one prompt."""
+
+    pixels: Array  # [3, S, S]
+    prompt: list[int]
+    options: ResolvedOptions
+    deadline: float  # by `monotonic`
+    on_text: Callable[[str], None] | None = None  # called in the engines' thread with every new piece of the text
+    given: str = ""  # the text that `on_text` was told
+    cancelled: bool = False
+    future: "Future[Generation]" = field(default_factory=Future)
+    arrived: float = field(default_factory=monotonic)
+
+    @property
+    def is_gone(self) -> bool:
+        """Nobody waits for the answer any more."""
+        return self.cancelled or monotonic() > self.deadline
+
+
+class _Watched(Search):
+    """A search that ends when nobody waits for it, and tells its text while it grows."""
+
+    def __init__(self, search: Search, job: Job, decode: Callable[[list[int]], str]):
+        self._search, self._job, self._decode = search, job, decode
+
+    def advance(self, logits: Array) -> tuple[Array, Array] | None:
+        if self._job.is_gone:
+            return None
+        move = self._search.advance(logits)
+        if self._job.on_text:
+            self._tell(self._job.on_text, is_last=move is None)
+        return move
+
+    def _tell(self, on_text: Callable[[str], None], is_last: bool) -> None:
+        text = self._decode(self._search.sequences()[0].token_ids).strip()
+        # half a character decodes to U+FFFD: wait for the rest
+        if len(text) > len(self._job.given) and (is_last or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            on_text(text[len(self._job.given) :])
+            self._job.given = text
+
+    def sequences(self) -> list[TokenSequence]:
+        return self._search.sequences()
+
+
+class Batcher:
+    """A thread that owns the engines of one pipeline."""
+
+    def __init__(self, pipe: Pipeline, max_batch: int, max_queue: int, metrics: Metrics):
+        self.pipe = pipe
+        self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._rate = 1.0  # pictures a second, lately
+        self._thread = threading.Thread(target=self._work, name="engines", daemon=True)
+        self._thread.start()
+
+    def submit(self, jobs: list[Job]) -> None:
+        """Let jobs wait for the engines, all or none of them.
+
+        Raises:
+            QueueFullError: there is no room.
+        """
+        with self._changed:
+            self._drop_gone()
+            if self._waiting and len(self._waiting) + len(jobs) > self._max_queue:
+                raise QueueFullError
+            self._waiting.extend(jobs)
+            self._metrics.queue.set(len(self._waiting))
+            self._changed.notify()
+
+    def retry_after(self) -> int:
+        """Seconds after which there will be room again, as far as one can tell."""
+        return max(1, min(60, round(len(self._waiting) / self._rate)))
+
+    def close(self) -> None:
+        """Answer what waits, and end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _drop_gone(self) -> None:
+        """Those that left free their place at once, not when their turn comes."""
+        for job in [job for job in self._waiting if job.is_gone]:
+            self._waiting.remove(job)
+            self._give_up(job)
+        self._metrics.queue.set(len(self._waiting))
+
+    def _give_up(self, job: Job) -> None:
+        self._metrics.cancelled.inc()
+        job.future.set_exception(GoneError())
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self._closing:
+                    self._changed.wait()
+                self._drop_gone()
+                if not self._waiting:
+                    if self._closing:
+                        return
+                    continue
+                batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+                self._metrics.queue.set(len(self._waiting))
+            start = monotonic()
+            for job in batch:
+                self._metrics.waited.observe(start - job.arrived)
+            self._answer(batch)
+            self._rate = 0.8 * self._rate + 0.2 * len(batch) / max(monotonic() - start, 1e-6)
+
+    def _answer(self, batch: list[Job]) -> None:
+        """Results or errors for all jobs of a batch; never raises."""
+        try:
+            self._run(batch)
+        except Exception as error:
+            pending = [job for job in batch if not job.future.done()]
+            LOG.exception("%d pictures failed together", len(pending))
+            for job in pending:
+                if len(batch) > 1 and not job.given:  # one of them is at fault, and the others must not pay for it
+                    self._answer([job])
+                else:
+                    job.future.set_exception(error)
+
+    def _run(self, batch: list[Job]) -> None:
+        features = self.pipe._encode([job.pixels for job in batch], None)
+        groups: dict[ResolvedOptions, list[int]] = {}
+        for i, job in enumerate(batch):
+            groups.setdefault(job.options, []).append(i)
+        for options, members in groups.items():
+            self._decode([batch[i] for i in members], [features[i] for i in members], options)
+
+    def _decode(self, jobs: list[Job], features: list[Any], options: ResolvedOptions) -> None:
+        """`Pipeline._decode`, for jobs that may leave on the way."""
+        pipe = self.pipe
+        self._metrics.batch.observe(len(jobs))
+        searches = [
+            _Watched(
+                start_search(options, pipe._history(job.prompt, options), pipe.manifest.tokens.stop),
+                job,
+                pipe._tokenizer.decode,
+            )
+            for job in jobs
+        ]
+        decoder = pipe._open_decoder(features, [job.prompt for job in jobs], options)
+        for _ in run_searches(decoder, searches):
+            pass
+        for job, search in zip(jobs, searches, strict=True):
+            if job.is_gone:
+                self._give_up(job)
+                continue
+            result = pipe._result(Generation, search.sequences())
+            self._metrics.pictures.inc()
+            self._metrics.tokens.inc(sum(len(row.token_ids) for row in (result, *result.alternatives)))
+            job.future.set_result(result)
