@@ -470,7 +470,7 @@ def test_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
         "http://user@pictures.test/ok": "data URL, or http",
         "http://pictures.test@other.test/ok": "data URL, or http",
         "http://pictures.test/a b": "percent-encoded",
-        "http://pictures.test/\r\nHost: x": "",
+        "http://pictures.test/\r\nHost: x": "not known|percent-encoded|not fetched|cannot be read|status",
         "ftp://pictures.test/ok": "data URL, or http",
         "http://[::1/": "damaged",
     }.items():
@@ -564,14 +564,14 @@ def test_one_failure_is_one_failure(
     """A picture at which the engines fail does not take those beside it along."""
     with running(tiny_engine, max_batch=4) as (server, client):
         bad = server.engines.current.pipe.preprocess(picture(5))
-        encode = server.engines.current.pipe.encode
+        encode = server.engines.current.pipe._encode
 
-        def fragile(pixels: list[Any]) -> Any:
+        def fragile(pixels: list[Any], first_index: None) -> Any:
             if any(np.array_equal(p, bad) for p in pixels):
                 raise RuntimeError("no")
-            return encode(pixels)
+            return encode(pixels, first_index)
 
-        monkeypatch.setattr(server.engines.current.pipe, "encode", fragile)
+        monkeypatch.setattr(server.engines.current.pipe, "_encode", fragile)
         engine = Blocked(server, monkeypatch)
         with ThreadPoolExecutor(8) as pool:
             bodies = [server.chat_body(picture(i), max_tokens=3) for i in range(8)]
