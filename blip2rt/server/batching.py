@@ -102,6 +102,8 @@ class Batcher:
             self._drop_gone()
             if self._waiting and len(self._waiting) + len(jobs) > self._max_queue:
                 raise QueueFullError
+            for job in jobs:
+                job.future.set_running_or_notify_cancel()  # from now on only this thread ends it
             self._waiting.extend(jobs)
             self._metrics.queue.set(len(self._waiting))
             self._changed.notify()
