@@ -780,7 +780,7 @@ def test_clients_that_leave(process: Process) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert metric(process, "blip2rt_cancelled_total") > gone
-    body = json.dumps({"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 2})
+    body = json.dumps({"model": name, "messages": [{"role": "user", "content": content}], "max_tokens": 2}).encode()
     assert httpx.post(
         f"{process.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}, timeout=50
     ).is_success
