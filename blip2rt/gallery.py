@@ -22,6 +22,9 @@ from .progress import progress
 Array = np.ndarray[Any, Any]
 
 BLOCK_IMAGES = 32  # whose embeddings a core widens to float32 at a time: they stay in its cache
+# Multiplications of a matrix product up to which OpenBLAS stays on the thread that calls it. Its own threads would wait
+# for each other beside those of a search, and burn ten times the processor time.
+ONE_THREAD = 1 << 18
 ADD_BATCH = 64  # images that are embedded and committed together, and whose features are re-ranked together
 RERANKED = 128  # candidates that ITM looks at: LAVIS's k_test
 
@@ -245,16 +248,19 @@ class Gallery:
 
     def _cosines(self, text_embeds: Array) -> Iterator[tuple[int, Array]]:
         """First row and cosines [n, T] of every shard, dead rows included."""
-        texts = np.ascontiguousarray(text_embeds.T, np.float32)  # [E, T]
+        num_queries, width = self._filled().shape("itc")
+        step = max(1, ONE_THREAD // (num_queries * width))
+        starts = range(0, len(text_embeds), step)
+        groups = [np.ascontiguousarray(text_embeds[s : s + step].T, np.float32) for s in starts]  # [E, T] each
 
         def compare(half: Array) -> Array:
-            products = widened(half).reshape(-1, len(texts)) @ texts  # [n*Q, T]
-            return products.reshape(len(half), -1, texts.shape[1]).max(axis=1)  # [n, T]
+            block = widened(half)  # [n, Q, E]
+            return np.concatenate([(block @ texts).max(axis=1) for texts in groups], axis=1)  # [n, T]
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for first, shard in self._store.shards("itc"):
-                starts = range(0, len(shard), BLOCK_IMAGES)
-                yield first, np.concatenate(list(pool.map(compare, (shard[s : s + BLOCK_IMAGES] for s in starts))))
+                blocks = (shard[start : start + BLOCK_IMAGES] for start in range(0, len(shard), BLOCK_IMAGES))
+                yield first, np.concatenate(list(pool.map(compare, blocks)))
 
     def _rerank(self, token_ids: list[list[int]], rows: Array, cosines: Array) -> tuple[Array, Array]:
         """The same rows by ITM logit + cosine; the features of an image are read once for all texts."""
