@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 def figures() -> str:
     """Markdown of all figures."""
     sizes = (full_size(name, load(f"full-size-{name.lower()}-fp32")) for name in ("OPT-2.7B", "FLAN-T5-XL"))
-    return "\n".join((*sizes, tree_cache(load("tree-cache"))))
+    return "\n".join((*sizes, linears(load("linears")), tree_cache(load("tree-cache"))))
 
 
 def full_size(name: str, result: dict[str, Any]) -> str:
@@ -53,6 +53,26 @@ def full_size(name: str, result: dict[str, Any]) -> str:
             f"| {result['speedup']:.1f} x the time, {tokens} |",
             f"| export | {built['seconds']:.0f} s | {built['peak_gb']:.1f} GB "
             f"| the engine: {4e-9 * parameters:.1f} GB |",
+            "",
+        )
+    )
+
+
+def linears(result: dict[str, Any]) -> str:
+    """A linear layer in every form."""
+    times, errors, machine = result["milliseconds"], result["relative_error"], result["machine"]
+    rows = next(iter(times.values())).keys()
+    return "\n".join(
+        (
+            f"{result['task'][0].upper()}{result['task'][1:]}, on",
+            f"{machine['cpu']} with the {machine['path']} path of the native kernels (`{result['command']}`):",
+            "",
+            "| ms | " + " | ".join(f"{count} row{'s' if count != '1' else ''}" for count in rows) + " | error |",
+            "|---|" + "---|" * (len(rows) + 1),
+            *(
+                f"| {name} | " + " | ".join(f"{times[name][count]:.1f}" for count in rows) + f" | {errors[name]:.1e} |"
+                for name in times
+            ),
             "",
         )
     )

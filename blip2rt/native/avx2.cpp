@@ -21,8 +21,10 @@ inline __m256i broadcast(const void* from) {
 // Six rows of 16 outputs: 12 sums, two weights, one value, one constant are all 16 registers.
 constexpr std::size_t kRowsOfRegisters = 6;
 
-// Ends a row: GCC otherwise fetches the values of all rows first, and then has no registers left for the sums.
-inline void keep(__m256i (&sums)[2]) { asm volatile("" : "+x"(sums[0]), "+x"(sums[1])); }
+// sum += x. As instructions, because GCC otherwise fetches the values of all rows first and has no registers left for
+// the sums, or copies every sum once.
+inline void add16(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add32(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
 
 template <std::size_t rows>
 void dot4(const std::uint8_t* weights, const std::int8_t* x, std::size_t depth, std::int32_t dots[][kTile]) {
@@ -35,9 +37,8 @@ void dot4(const std::uint8_t* weights, const std::int8_t* x, std::size_t depth, 
             const __m256i low = load(weights + k * kTile), high = load(weights + k * kTile + 32);
             for (std::size_t r = 0; r < rows; ++r) {
                 const __m256i value = broadcast(x + r * kGroup + k);
-                sums[r][0] = _mm256_add_epi16(sums[r][0], _mm256_maddubs_epi16(low, value));
-                sums[r][1] = _mm256_add_epi16(sums[r][1], _mm256_maddubs_epi16(high, value));
-                keep(sums[r]);
+                add16(sums[r][0], _mm256_maddubs_epi16(low, value));
+                add16(sums[r][1], _mm256_maddubs_epi16(high, value));
             }
         }
         for (std::size_t r = 0; r < rows; ++r) {
@@ -58,9 +59,8 @@ void dot8(const std::uint8_t* weights, const std::int16_t* x, std::size_t depth,
         const __m256i low = load(weights + 2 * k * kTile), high = load(weights + 2 * k * kTile + 32);
         for (std::size_t r = 0; r < rows; ++r) {
             const __m256i value = broadcast(x + r * kGroup + k);
-            sums[r][0] = _mm256_add_epi32(sums[r][0], _mm256_madd_epi16(low, value));
-            sums[r][1] = _mm256_add_epi32(sums[r][1], _mm256_madd_epi16(high, value));
-            keep(sums[r]);
+            add32(sums[r][0], _mm256_madd_epi16(low, value));
+            add32(sums[r][1], _mm256_madd_epi16(high, value));
         }
     }
     for (std::size_t r = 0; r < rows; ++r) {
