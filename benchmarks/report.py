@@ -30,19 +30,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def figures() -> str:
     """Markdown of all figures."""
-    sizes = (full_size(name, load(f"full-size-{name.lower()}-fp32")) for name in ("OPT-2.7B", "FLAN-T5-XL"))
-    return "\n".join((*sizes, linears(load("linears")), tree_cache(load("tree-cache"))))
+    return "\n".join(
+        (full_size(load("full-size-opt-2.7b-fp32")), linears(load("linears")), tree_cache(load("tree-cache")))
+    )
 
 
-def full_size(name: str, result: dict[str, Any]) -> str:
-    """The whole of a model beside transformers."""
+def full_size(result: dict[str, Any]) -> str:
+    """The whole of OPT-2.7B beside transformers."""
     ours, theirs, built = result["ours"], result["transformers"], result["export"]
     parameters, machine = result["make"]["parameters"], result["machine"]
     tokens = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
     peer = f"transformers {result['versions']['transformers']}, fp32, eager"
     return "\n".join(
         (
-            f"BLIP-2 {name} at full size, random weights, {parameters / 1e6:,.2f} M parameters: {result['task']},",
+            f"BLIP-2 OPT-2.7B at full size, random weights, {parameters / 1e6:,.2f} M parameters: {result['task']},",
             f"{machine['cores']} cores of {machine['cpu']} (`{result['command']}`):",
             "",
             "| | one caption | peak memory | |",
