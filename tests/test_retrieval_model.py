@@ -1,4 +1,4 @@
-"""The reference model of stage 1: what transformers and LAVIS compute."""
+"""The reference model of stage 1: what transformers, LAVIS and mmpretrain compute."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,8 @@ from blip2rt.model.config import OPTConfig, QFormerConfig, RetrievalConfig, Visi
 from blip2rt.model.retrieval import stored_name
 from blip2rt.stages import MASKED
 
-LAVIS = Path(__file__).parents[2] / "shared" / "fixtures" / "lavis" / "lavis"
+FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
+LAVIS, MMPRETRAIN = FIXTURES / "lavis" / "lavis", FIXTURES / "mmpretrain"
 
 
 def text_mask(lengths: list[int]) -> Tensor:
@@ -146,3 +147,28 @@ def test_equals_lavis() -> None:
     assert ((lm_logits - expected) * seen).abs().max() <= 1e-5 * expected.abs().max()
     assert model.temperature is not None
     assert abs(float(model.temperature) - 0.083) < 1e-6
+
+
+@torch.no_grad()
+def test_equals_mmpretrain() -> None:
+    """mmpretrain's retrieval model, which uses all stored blocks of the image encoder, unlike its generative ones."""
+    if not MMPRETRAIN.is_dir():
+        pytest.skip(f"mmpretrain's recorded outputs are not at {MMPRETRAIN}")
+    model = load_retrieval(CheckpointSource(MMPRETRAIN / "retrieval.pth", LAVIS.parent / "configs" / "stage1.json"))
+    arrays = {name: torch.from_numpy(array) for name, array in np.load(MMPRETRAIN / "retrieval.npz").items()}
+    image_embeds = model.vision(torch.from_numpy(np.load(MMPRETRAIN / "images.npz")["pixel_values"]))
+    ids, mask = arrays["text_ids"], torch.where(arrays["text_attn_mask"] == 0, MASKED, 0.0)[:, None, None]
+    query_embeds, image_itc = model.qformer(image_embeds)
+    text_embeds, text_itc = model.text(ids, mask)
+    for found, name in (
+        (image_embeds, "ln_vision_out"),
+        (query_embeds, "query_output"),
+        (image_itc, "image_feat"),
+        (text_embeds, "text_embeds"),
+        (text_itc, "text_feat"),
+    ):
+        assert (found - arrays[name]).abs().max() <= 2e-5, name
+    expected = arrays["itm_logits_per_query"]  # [N, M, Q, 2]
+    images, texts = expected.shape[:2]
+    _, logits = model.itm(image_embeds.repeat_interleave(texts, 0), ids.repeat(images, 1), mask.repeat(images, 1, 1, 1))
+    assert (logits.unflatten(0, (images, texts)) - expected).abs().max() <= 1e-5 * expected.abs().max()
