@@ -31,6 +31,18 @@ def padded(num_rows: int) -> int:
     return -(-num_rows // ROW_STEP) * ROW_STEP
 
 
+def lay_out_rows(prefixes: Array, prompts: Sequence[Sequence[int]], num_rows: int) -> tuple[Array, Array]:
+    """[prefix, prompt] of every image, right-padded: prefix [B, S, D], and input_ids [B, S] with -1 for its rows."""
+    batch, num_queries, width = prefixes.shape
+    prefix = np.zeros((batch, num_rows, width), np.float32)
+    prefix[:, :num_queries] = prefixes
+    input_ids = np.zeros((batch, num_rows), np.int64)
+    input_ids[:, :num_queries] = -1
+    for b, prompt in enumerate(prompts):
+        input_ids[b, num_queries : num_queries + len(prompt)] = prompt
+    return prefix, input_ids
+
+
 def run_encoder(encoder: Stage, prefixes: Array, prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
     """What the decoder of a model with an encoder looks at: [prefix, prompt] of every image, right-padded and encoded.
 
@@ -39,18 +51,12 @@ def run_encoder(encoder: Stage, prefixes: Array, prompts: Sequence[Sequence[int]
         prefixes: [B, Q, D] float32, what the Q-Former saw.
         prompts: token ids of every image; lengths may differ.
     """
-    batch, num_queries, width = prefixes.shape
-    lengths = np.array([num_queries + len(prompt) for prompt in prompts])
+    lengths = np.array([prefixes.shape[1] + len(prompt) for prompt in prompts])
     num_rows = padded(int(lengths.max()))  # E
-    prefix = np.zeros((batch, num_rows, width), np.float32)
-    prefix[:, :num_queries] = prefixes
-    input_ids = np.zeros((batch, num_rows), np.int64)
-    input_ids[:, :num_queries] = -1  # rows of the prefix
-    for b, prompt in enumerate(prompts):
-        input_ids[b, num_queries : lengths[b]] = prompt
+    prefix, input_ids = lay_out_rows(prefixes, prompts, num_rows)
     rows = np.arange(num_rows)
     mask = np.where(rows < lengths[:, None], np.float32(0), np.float32(MASKED))[:, None, None]  # [B, 1, 1, E]
-    positions = np.tile(rows, (batch, 1))
+    positions = np.tile(rows, (len(prompts), 1))
     return {**encoder(prefix=prefix, input_ids=input_ids, positions=positions, encoder_mask=mask), "encoder_mask": mask}
 
 
@@ -100,14 +106,8 @@ class CachedDecoder:
 
     def prefill(self) -> Array:
         """Run all prefixes at once, right-padded: logits [B, 1, V]."""
-        batch, num_queries, width = self._prefixes.shape
-        num_rows = int(self._lengths.max())  # S
-        prefix = np.zeros((batch, num_rows, width), np.float32)
-        prefix[:, :num_queries] = self._prefixes
-        input_ids = np.zeros((batch, num_rows), np.int64)
-        input_ids[:, :num_queries] = -1  # rows of the prefix
-        for b, prompt in enumerate(self._prompts):
-            input_ids[b, num_queries : num_queries + len(prompt)] = prompt
+        batch, num_rows = len(self._prompts), int(self._lengths.max())  # S
+        prefix, input_ids = lay_out_rows(self._prefixes, self._prompts, num_rows)
         capacity = self._cache[0].shape[2]
         causal = np.where(np.arange(capacity) <= np.arange(num_rows)[:, None], np.float32(0), np.float32(MASKED))
         inputs = {
