@@ -37,6 +37,7 @@ from ..stages import (
     text_embedding_spec,
     vision_spec,
 )
+from .repeat import CACHED, repeat_blocks, shorten
 
 OPSET = 24  # the first with TensorScatter
 TRACE_SIZES = {
@@ -98,15 +99,15 @@ def _retrieval_specs(config: RetrievalConfig) -> dict[str, StageSpec]:
 
 def trace_stage(module: nn.Module, spec: StageSpec) -> ir.Model:
     """ONNX graph of a stage module that lies on the meta device; its initialisers have shapes but no values."""
-    example = [_example(tensor) for tensor in spec.inputs]
-    dynamic = [{axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in spec.inputs]
-    num_named = len(
-        [name for name in spec.inputs if not name.name.startswith(("past_", "cross_"))]
-    )  # the rest: *caches
+    short = shorten(module, spec)
+    traced = short.spec.inputs
+    example = [_example(tensor) for tensor in traced]
+    dynamic = [{axis: size for axis, size in enumerate(t.shape) if isinstance(size, str)} for t in traced]
+    num_named = len([t for t in traced if not CACHED.fullmatch(t.name)])  # the rest: *caches
     shapes = (*dynamic[:num_named], *([tuple(dynamic[num_named:])] if len(dynamic) > num_named else []))
     with _quiet():
         program = torch.onnx.export(
-            module.eval(),
+            short.module.eval(),
             tuple(example),
             dynamo=True,
             opset_version=OPSET,
@@ -120,13 +121,19 @@ def trace_stage(module: nn.Module, spec: StageSpec) -> ir.Model:
         )
         assert program is not None
         model = program.model
-        parameters = dict(module.named_parameters())
+        parameters = dict(short.module.named_parameters())
         for name, value in model.graph.initializers.items():
             if name in parameters:
                 value.const_value = None  # a meta tensor, which the optimiser would try to fold
         optimize_ir(model)
-    _name_hidden_states(model.graph)
-    for values, tensors in ((model.graph.inputs, spec.inputs), (model.graph.outputs, spec.outputs)):
+    graph = model.graph
+    _name_hidden_states(graph)
+    for values, tensors in ((graph.inputs, traced), (graph.outputs, short.spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            if not str(value.name).startswith("hidden_"):
+                value.name = tensor.name
+    repeat_blocks(graph, spec, short)
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
             value.name = tensor.name
             value.shape = ir.Shape(tensor.shape)
