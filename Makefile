@@ -13,7 +13,7 @@ demo: .venv/export.stamp
 	$(BIN)/blip2rt caption blip2rt/bundled/images/* --engine engines/
 
 test: .venv/dev.stamp
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

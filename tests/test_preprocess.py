@@ -379,7 +379,7 @@ RGB = Image.fromarray(noise(40, 30))
         (Image.fromarray(np.array([[0, np.nan]], np.float32)), r"not 0\.\.255"),
         (Image.fromarray(np.array([[-3, 100]], np.float32)), r"not 0\.\.255"),
     ],
-    ids=lambda value: f"{value!r}"[:30],
+    ids=lambda value: f"{value!r}"[:20],
 )
 def test_errors_say_what_is_wrong(source: Any, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
