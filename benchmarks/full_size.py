@@ -133,6 +133,7 @@ def export(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
 def caption_ours(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
     """One caption by the engine."""
     from blip2rt import Caption, Pipeline
+    from blip2rt.generative import Prompt
     from blip2rt.options import ResolvedOptions
 
     start = perf_counter()
@@ -145,7 +146,7 @@ def caption_ours(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
         start = perf_counter()
         features = pipe.encode(pixel_values())
         encode_seconds.append(perf_counter() - start)
-        return pipe._decode(Caption, [features], [model_spec["prompt"]], options)[0]
+        return pipe.generative_engine.decode(Caption, [features], [Prompt(model_spec["prompt"])], options)[0]
 
     seconds, result = fastest(caption)
     return {

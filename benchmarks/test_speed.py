@@ -47,7 +47,7 @@ def test_vision(benchmark: BenchmarkFixture, contest: Any) -> None:
     pixels = contest.pixel_values(2)
     race(
         benchmark,
-        lambda: lambda: contest.pipe._vision(pixel_values=pixels),
+        lambda: lambda: contest.pipe.generative_engine._vision(pixel_values=pixels),
         lambda: lambda: contest.model.vision_model(from_numpy(pixels)),
         floor=0.7,
     )
@@ -63,7 +63,12 @@ def test_qformer(benchmark: BenchmarkFixture, contest: Any) -> None:
         hidden = model.qformer(query_embeds=queries, encoder_hidden_states=from_numpy(embeds)).last_hidden_state
         return model.language_projection(hidden)
 
-    race(benchmark, lambda: lambda: contest.pipe._qformer(image_embeds=embeds), lambda: theirs, floor=0.7)
+    race(
+        benchmark,
+        lambda: lambda: contest.pipe.generative_engine._qformer(image_embeds=embeds),
+        lambda: theirs,
+        floor=0.7,
+    )
 
 
 @pytest.mark.benchmark(group="prefill")
@@ -111,7 +116,7 @@ def test_caption(benchmark: BenchmarkFixture, contest: Any, num_images: int, num
     pipe, pixels = contest.pipe, contest.pixel_values(num_images)
     options = {"num_beams": num_beams, "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     image_slots = [pipe.manifest.tokens.image] * contest.model.config.num_query_tokens
-    input_ids = torch.tensor([image_slots + pipe._tokenizer.encode(PROMPT)] * num_images)
+    input_ids = torch.tensor([image_slots + pipe.generative_engine.tokenizer.encode(PROMPT)] * num_images)
     race(
         benchmark,
         lambda: lambda: pipe.caption(list(pixels), PROMPT, **options),
@@ -128,9 +133,9 @@ def new_decoder(contest: Any) -> Callable[[], CachedDecoder]:
     """Makes decoders of one picture and `PROMPT`."""
     pipe = contest.pipe
     prefix = pipe.encode(contest.pixel_values(1)[0]).prefix[None]
-    prompt = pipe._tokenizer.encode(PROMPT)
+    prompt = pipe.generative_engine.tokenizer.encode(PROMPT)
     signature = pipe.manifest.stages[DECODER].signature
-    return lambda: CachedDecoder(pipe._decoder, signature, prefix, [prompt], BEAMS, NEW_TOKENS)
+    return lambda: CachedDecoder(pipe.generative_engine._decoder, signature, prefix, [prompt], BEAMS, NEW_TOKENS)
 
 
 def expanded_prefix(contest: Any) -> torch.Tensor:
@@ -138,5 +143,5 @@ def expanded_prefix(contest: Any) -> torch.Tensor:
     pipe = contest.pipe
     prefix = from_numpy(pipe.encode(contest.pixel_values(1)[0]).prefix)
     with torch.no_grad():
-        prompt = contest.model.get_input_embeddings()(torch.tensor(pipe._tokenizer.encode(PROMPT)))
+        prompt = contest.model.get_input_embeddings()(torch.tensor(pipe.generative_engine.tokenizer.encode(PROMPT)))
     return torch.cat((prefix, prompt))[None].expand(BEAMS, -1, -1).contiguous()

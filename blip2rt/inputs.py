@@ -50,25 +50,3 @@ def as_list(images: Any) -> list[Any]:
     if not images:
         raise InputError("the list of images is empty")
     return list(images)
-
-
-def checked_texts(texts: Any) -> list[Any]:
-    """Several prompts as a list.
-
-    Raises:
-        InputError: no list.
-    """
-    if not is_list(texts):
-        raise InputError(f"prompts must be a string or a list of strings, not {type(texts).__name__}")
-    return list(texts)
-
-
-def checked_text(text: Any) -> str:
-    """One of them.
-
-    Raises:
-        InputError: no string.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"a prompt must be a string, not {type(text).__name__}")
-    return text

@@ -30,6 +30,8 @@ class Description:
             "kernels": manifest.kernels,
             "path": self._path(),
             "parameters": manifest.parameters | {"total": sum(manifest.parameters.values())},
+            "left_out": list(manifest.left_out),
+            "reads_questions": manifest.question_tokens is not None,
             "bytes": {stage: self._bytes(stage) for stage in manifest.stages},
             "stages": {
                 stage: {
@@ -52,6 +54,7 @@ class Description:
             f"parameters  {total / 1e6:,.2f} M",
             f"image       {manifest.image.size} x {manifest.image.size} px",
             f"tokens      BOS {manifest.tokens.bos}, stop {list(manifest.tokens.stop)}, pad {manifest.tokens.pad}",
+            *self._notes(),
             "",
             f"{'stage':<10}{'parameters':>14}{'MiB':>10}  {'max rel':>9}  inputs -> outputs",
         ]
@@ -65,6 +68,16 @@ class Description:
             )
         lines += ["", "built with  " + ", ".join(f"{name} {version}" for name, version in manifest.toolchain.items())]
         return "\n".join(lines)
+
+    def _notes(self) -> list[str]:
+        """What is not so in every engine."""
+        names, notes = self.manifest.left_out, []
+        if self.manifest.question_tokens:
+            notes.append("questions   go to the Q-Former as well")
+        if names:
+            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            notes.append(f"left out    {len(names)} tensors that the checkpoint's own code does not use: {shown}")
+        return notes
 
     def _path(self) -> str | None:
         """Which path of the native kernels runs here; None for an engine without them."""

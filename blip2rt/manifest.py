@@ -82,8 +82,10 @@ class FileEntry:
 class Manifest:
     """Everything the runtime knows about an engine before it loads a graph. The fields stand in the order of the file.
 
-    `model` is the model config and holds JSON values only; `parameters` counts parameters per part of the model;
-    `kernels` says what the graphs run on, one of KERNELS; `files` lists every file of the directory but the manifest.
+    `question_tokens` are ids of the Q-Former where questions go there too, with question_tokenizer.json; null: it sees
+    pictures only. `parameters` counts parameters per part of the model. `left_out` names tensors of the checkpoint that
+    its own code does not use. `model` is the model config and holds JSON values only. `kernels` says what the graphs
+    run on, one of KERNELS. `files` lists every file of the directory but the manifest.
     """
 
     format_revision: int = FORMAT_REVISION  # first, so that a damaged manifest can still be told from a foreign one
@@ -96,7 +98,9 @@ class Manifest:
     kernels: str
     image: ImageSpec
     tokens: TokenSpec
+    question_tokens: TokenSpec | None
     parameters: dict[str, int]
+    left_out: tuple[str, ...]
     toolchain: dict[str, str]
     parity: dict[str, Parity]
     model: dict[str, Any]
@@ -198,6 +202,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
+    if NoneType in arguments and is_dataclass(arguments[0]):
+        return None if value is None else _parse(arguments[0], value, where)
     if is_dataclass(kind):
         return _parse_object(kind, _expect(dict, value, where), where)
     if origin is tuple:

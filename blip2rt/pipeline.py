@@ -11,31 +11,26 @@ prompt ── tokenizer ──> prompts      B lists of ids
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 import numpy as np
 
-from .backends import Stage
-from .candidates import CANDIDATE_ROWS, checked_candidates, rank_candidates
-from .decoder import CachedDecoder, run_encoder
+from .candidates import CANDIDATE_ROWS, checked_candidates
 from .engine_directory import checked_manifest, find_engines
 from .errors import EngineError, InputError
-from .inputs import BATCH_SIZE, as_list, checked_text, checked_texts, in_batches, is_list
+from .generative import GenerativeEngine, Kind, Prompt
+from .inputs import BATCH_SIZE, as_list, in_batches, is_list
 from .manifest import GENERATIVE, RETRIEVAL
 from .options import GenerationOptions, ResolvedOptions, resolve_options
 from .preprocess import ImageSource, preprocess
 from .progress import progress
 from .results import Answer, Caption, Generation, ImageFeatures, MatchScores
 from .retrieval import RetrievalEngine
-from .search import RowSearch, TokenSequence, run_searches, start_search
-from .stages import DECODER, ENCODER, QFORMER, VISION
-from .tokenizer import CAPTION_PROMPT, QUESTION_PROMPT, SHORT_QUESTION_PROMPT, Tokenizer
+from .tokenizer import CAPTION_PROMPT
 
 Array = np.ndarray[Any, Any]
 Image = ImageSource | ImageFeatures
-Kind = TypeVar("Kind", bound=Generation)
 
 CAPTION_DEFAULTS = {"num_beams": 5, "max_new_tokens": 30}
 ANSWER_DEFAULTS = {"num_beams": 5, "max_new_tokens": 10, "length_penalty": -1.0}
@@ -80,20 +75,7 @@ class Pipeline:
         )
         kind = GENERATIVE if GENERATIVE in engines else RETRIEVAL
         self.directory, self.manifest = engines[kind], manifests[kind]
-        if kind == GENERATIVE:
-            self._open_generative(threads)
-
-    def _open_generative(self, threads: int | None) -> None:
-        stages = {
-            stage: Stage(stage, self.directory / entry.file, threads) for stage, entry in self.manifest.stages.items()
-        }
-        self._vision, self._qformer, self._decoder = stages[VISION], stages[QFORMER], stages[DECODER]
-        self._encoder = stages.get(ENCODER)  # None: a decoder-only language model
-        text = self.manifest.model["text"]
-        self._tokenizer = Tokenizer(
-            self.directory / "tokenizer.json", self.manifest.tokens, text["vocab_size"], self._encoder is not None
-        )
-        self._num_positions: int | None = text.get("max_position_embeddings")  # None: T5, whose positions are relative
+        self._generative = GenerativeEngine(self.directory, self.manifest, threads) if kind == GENERATIVE else None
 
     def preprocess(self, image: ImageSource) -> Array:
         """Pixel values [3, S, S] of one picture, which every call takes in its place.
@@ -116,8 +98,8 @@ class Pipeline:
         """
         sources, first_index = as_list(images), 0 if is_list(images) else None
         features = seen = self.retrieval_features(sources, first_index) if self._retrieval else []
-        if self.manifest.kind == GENERATIVE:
-            features = self._encode(sources, first_index)
+        if self._generative:
+            features = self._generative.encode(sources, first_index)
             features = [replace(f, retrieval=r) for f, r in zip(features, seen, strict=True)] if seen else features
         return features if is_list(images) else features[0]
 
@@ -172,6 +154,16 @@ class Pipeline:
             )
         return self._retrieval
 
+    @property
+    def generative_engine(self) -> GenerativeEngine:
+        """The generative engine; EngineError where none is open."""
+        if self._generative is None:
+            raise EngineError(
+                f"{self.directory} is a {RETRIEVAL} engine, without a language model: build a {GENERATIVE} engine "
+                "beside it with `blip2rt export --model CHECKPOINT` (of stage 2) and open the folder that holds both"
+            )
+        return self._generative
+
     def caption(
         self,
         images: Any,
@@ -192,15 +184,15 @@ class Pipeline:
         """
         resolved = resolve_options(CAPTION_DEFAULTS, options, keywords)
         if rerank is None:
-            return self._generate(Caption, images, prompt, resolved)
+            return self._generate(Caption, images, self._prompts(images, prompt, resolved), resolved)
         if rerank != "itm":
             raise InputError(f"rerank must be 'itm' or None, not {rerank!r}")
         engine = self.retrieval_engine
-        self._check_generative()
+        prompts = self._prompts(images, prompt, resolved)
         if resolved.num_return_sequences == 1:
             resolved = replace(resolved, num_return_sequences=resolved.num_beams)
         features = self.encode(as_list(images))
-        captions = self._generate(Caption, features, prompt, resolved)
+        captions = self._generate(Caption, features, prompts, resolved)
         captions = engine.rerank([engine.checked_features(f) for f in features], captions)
         return captions if is_list(images) else captions[0]
 
@@ -223,22 +215,19 @@ class Pipeline:
             InputError: wrong images (`ImageError`), questions, candidates or options.
         """
         resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
-        self._check_generative()
         if candidates is not None and (options is not None or keywords):
             given = "options" if options is not None else next(iter(keywords))
             raise InputError(f"{given}= has no effect with candidates=, which are ranked and not generated")
-        template = QUESTION_PROMPT if self._encoder is None else SHORT_QUESTION_PROMPT
-        if isinstance(question, str):
-            prompts: str | list[str] = template.format(question)
-        else:
-            prompts = [template.format(checked_text(text)) for text in checked_texts(question)]
         if candidates is None:
-            return self._generate(Answer, images, prompts, resolved)
-        texts = checked_candidates(candidates)
-        ids = [self._tokenizer.encode_answer(text) for text in texts]
+            return self._generate(Answer, images, self._prompts(images, question, resolved, is_question=True), resolved)
+        tokenizer = self.generative_engine.tokenizer
+        ids = [tokenizer.encode_answer(text) for text in checked_candidates(candidates)]
         rows = min(CANDIDATE_ROWS, len(ids))
-        options = GenerationOptions(do_sample=True, num_return_sequences=rows, max_new_tokens=max(map(len, ids)) + 1)
-        return self._generate(Answer, images, prompts, resolve_options({}, options, {}), ids)
+        wanted = GenerationOptions(do_sample=True, num_return_sequences=rows, max_new_tokens=max(map(len, ids)) + 1)
+        resolved = resolve_options({}, wanted, {})
+        return self._generate(
+            Answer, images, self._prompts(images, question, resolved, is_question=True), resolved, ids
+        )
 
     def generate(
         self,
@@ -253,7 +242,8 @@ class Pipeline:
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.
         """
-        return self._generate(Generation, images, prompt, resolve_options(GENERATE_DEFAULTS, options, keywords))
+        resolved = resolve_options(GENERATE_DEFAULTS, options, keywords)
+        return self._generate(Generation, images, self._prompts(images, prompt, resolved), resolved)
 
     def stream(
         self, image: Image, prompt: str = CAPTION_PROMPT, *, options: GenerationOptions | None = None, **keywords: Any
@@ -269,131 +259,38 @@ class Pipeline:
             raise InputError(f"{option}={resolved.num_rows} cannot be streamed: a stream is one sequence")
         if is_list(image):
             raise InputError("stream takes one image, not a list")
-        self._check_generative()
-        prompts = self._prompts(prompt, 1, resolved)
-        return self._stream(self._encode([image], None), prompts, resolved)
+        engine = self.generative_engine
+        checked = engine.prompt(prompt, resolved)
+        return engine.stream(engine.encode([image], None)[0], checked, resolved)
+
+    def _prompts(self, images: Any, texts: Any, options: ResolvedOptions, is_question: bool = False) -> list[Prompt]:
+        """One for every image, checked before a picture is looked at."""
+        engine = self.generative_engine
+        num_images = len(as_list(images))
+        read = engine.question if is_question else engine.prompt
+        if isinstance(texts, str):
+            return [read(texts, options)] * num_images
+        if not is_list(images):
+            raise InputError(f"one image takes one prompt (a string), not {type(texts).__name__}")
+        if not is_list(texts):
+            raise InputError(f"prompts must be a string or a list of strings, not {type(texts).__name__}")
+        if len(texts) != num_images:
+            raise InputError(f"{len(texts)} prompts for {num_images} images: give one prompt, or one for every image")
+        return [read(text, options) for text in texts]
 
     def _generate(
         self,
         kind: type[Kind],
         images: Any,
-        prompt: Any,
+        prompts: list[Prompt],
         options: ResolvedOptions,
         candidates: list[list[int]] | None = None,
     ) -> Any:
-        self._check_generative()
-        images_list = as_list(images)
-        if not is_list(images) and not isinstance(prompt, str):
-            raise InputError(f"one image takes one prompt (a string), not {type(prompt).__name__}")
-        prompts = self._prompts(prompt, len(images_list), options)
+        engine, sources = self.generative_engine, as_list(images)
         results: list[Kind] = []
-        starts = range(0, len(images_list), BATCH_SIZE)
-        for start in progress(starts, "images", total=len(images_list), step=BATCH_SIZE):
+        starts = range(0, len(sources), BATCH_SIZE)
+        for start in progress(starts, "images", total=len(sources), step=BATCH_SIZE):
             batch = slice(start, start + BATCH_SIZE)
-            features = self._encode(images_list[batch], start if is_list(images) else None)
-            results += self._decode(kind, features, prompts[batch], options, candidates)
+            features = engine.encode(sources[batch], start if is_list(images) else None)
+            results += engine.decode(kind, features, prompts[batch], options, candidates)
         return results if is_list(images) else results[0]
-
-    def _check_generative(self) -> None:
-        if self.manifest.kind != GENERATIVE:
-            raise EngineError(
-                f"{self.directory} is a {RETRIEVAL} engine, without a language model: build a {GENERATIVE} engine "
-                "beside it with `blip2rt export --model CHECKPOINT` (of stage 2) and open the folder that holds both"
-            )
-
-    def _encode(self, images: Sequence[Any], first_index: int | None) -> list[ImageFeatures]:
-        """Features of images for the language model; those that are features already are checked only."""
-
-        def run(pixel_values: np.ndarray[Any, Any]) -> list[ImageFeatures]:
-            image_embeds = self._vision(pixel_values=pixel_values)["image_embeds"]  # [B, N+1, Dv]
-            queries = self._qformer(image_embeds=image_embeds)  # query_embeds [B, Q, Dq], prefix [B, Q, D]
-            return list(map(ImageFeatures, image_embeds, queries["query_embeds"], queries["prefix"]))
-
-        return in_batches(images, first_index, self.preprocess, run, self._checked_features)
-
-    def _checked_features(self, features: ImageFeatures) -> ImageFeatures:
-        wanted = self.manifest.stages[QFORMER].signature.outputs[1].shape[1:]  # (Q, D)
-        found = None if features.prefix is None else features.prefix.shape
-        if found != wanted:
-            raise InputError(f"these ImageFeatures are of another model: prefix {found}, this engine wants {wanted}")
-        return features
-
-    def _prompts(self, prompt: Any, num_images: int, options: ResolvedOptions) -> list[list[int]]:
-        """Token ids of the prompt of every image, checked against the positions that the model has."""
-        if not isinstance(prompt, str) and len(checked_texts(prompt)) != num_images:
-            raise InputError(f"{len(prompt)} prompts for {num_images} images: give one prompt, or one for every image")
-        ids = [self._tokenizer.encode(text) for text in ([prompt] * num_images if isinstance(prompt, str) else prompt)]
-        num_queries = self._num_queries
-        longest = max(len(prompt_ids) for prompt_ids in ids)
-        if self._num_positions and num_queries + longest + options.max_new_tokens - 1 > self._num_positions:
-            left = max(0, self._num_positions - num_queries - longest + 1)
-            raise InputError(
-                f"{num_queries} image slots, a prompt of {longest} tokens and max_new_tokens="
-                f"{options.max_new_tokens} do not fit the model's {self._num_positions} positions: "
-                + (f"max_new_tokens can be {left} at most" if left else "shorten the prompt")
-            )
-        return ids
-
-    def _decode(
-        self,
-        kind: type[Kind],
-        features: list[ImageFeatures],
-        prompts: list[list[int]],
-        options: ResolvedOptions,
-        candidates: list[list[int]] | None = None,
-    ) -> list[Kind]:
-        stop = self.manifest.tokens.stop
-        if candidates is not None:
-            decoders = (self._open_decoder(features, prompts, options) for _ in repeat(None))
-            ranked = rank_candidates(candidates, options.num_rows, stop, len(features), decoders)
-            return [self._result(kind, sequences) for sequences in ranked]
-        searches = [start_search(options, self._history(prompt, options), stop) for prompt in prompts]
-        for _ in run_searches(self._open_decoder(features, prompts, options), searches):
-            pass
-        return [self._result(kind, search.sequences()) for search in searches]
-
-    def _result(self, kind: type[Kind], sequences: list[TokenSequence]) -> Kind:
-        best, *others = sequences
-        text = self._tokenizer.decode(best.token_ids).strip()
-        alternatives: list[Generation] = [self._result(kind, [other]) for other in others]
-        return kind(text, best.token_ids, best.token_logprobs, best.finish_reason, best.score, alternatives)
-
-    def _stream(
-        self, features: list[ImageFeatures], prompts: list[list[int]], options: ResolvedOptions
-    ) -> Iterator[str]:
-        search = RowSearch(options, self._history(prompts[0], options), self.manifest.tokens.stop)
-        given = ""
-        for _ in run_searches(self._open_decoder(features, prompts, options), [search]):
-            text = self._tokenizer.decode(search.sequences()[0].token_ids).strip()
-            # half a character decodes to U+FFFD: wait for the rest
-            if len(text) > len(given) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(given) :]
-                given = text
-        text = self._tokenizer.decode(search.sequences()[0].token_ids).strip()
-        if len(text) > len(given):
-            yield text[len(given) :]
-
-    def _open_decoder(
-        self, features: list[ImageFeatures], prompts: list[list[int]], options: ResolvedOptions
-    ) -> CachedDecoder:
-        prefixes = np.stack([f.prefix for f in features if f.prefix is not None])  # [B, Q, D]
-        spec = self.manifest.stages[DECODER].signature
-        encoded = None
-        if self._encoder is not None:
-            encoded = run_encoder(self._encoder, prefixes, prompts)
-            prefixes, prompts = prefixes[:, :0], [[self.manifest.tokens.bos]] * len(prompts)
-        return CachedDecoder(self._decoder, spec, prefixes, prompts, options.num_rows, options.max_new_tokens, encoded)
-
-    def _history(self, prompt: list[int], options: ResolvedOptions) -> list[int]:
-        """What the repetition and n-gram rules see before the first token.
-
-        transformers: image slots, BOS and prompt; the start token alone with an encoder, and always in LAVIS.
-        """
-        if self._encoder is not None or options.rules == "lavis":
-            return [self.manifest.tokens.bos]
-        image = self.manifest.tokens.image
-        return [-1 if image is None else image] * self._num_queries + prompt
-
-    @property
-    def _num_queries(self) -> int:
-        return int(self.manifest.stages[QFORMER].signature.outputs[1].shape[1])

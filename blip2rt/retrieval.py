@@ -17,13 +17,13 @@ from .backends import Stage
 from .errors import InputError
 from .manifest import Manifest
 from .preprocess import ImageSource, preprocess
+from .qformer_texts import padded_texts
 from .results import Caption, ImageFeatures, MatchScores
-from .stages import ITM, MASKED, QFORMER, TEXT, VISION
+from .stages import ITM, QFORMER, TEXT, VISION
 from .tokenizer import TextTokenizer
 
 Array = np.ndarray[Any, Any]
 
-TEXT_LENGTH = 35  # tokens that texts are padded to, as LAVIS does; longer ones to the next multiple
 TEXT_BATCH = 64  # texts that go through the engine together; embeddings do not depend on it
 PAIR_BATCH = 16  # pairs likewise
 
@@ -41,9 +41,8 @@ class RetrievalEngine:
         stages = {stage: Stage(stage, directory / entry.file, threads) for stage, entry in manifest.stages.items()}
         self._vision, self._qformer, self._text, self._itm = (stages[s] for s in (VISION, QFORMER, TEXT, ITM))
         qformer = manifest.model["qformer"]
-        self._num_positions = int(qformer["max_position_embeddings"])
         self._tokenizer = TextTokenizer(
-            directory / "tokenizer.json", manifest.tokens, qformer["vocab_size"], self._num_positions
+            directory / "tokenizer.json", manifest.tokens, qformer["vocab_size"], qformer["max_position_embeddings"]
         )
         self._shape = manifest.stages[QFORMER].signature.outputs[1].shape[1:]  # (Q, E)
 
@@ -93,7 +92,7 @@ class RetrievalEngine:
             raise InputError(f"texts must be a string or a list of strings, not {type(texts).__name__}")
         if not texts:
             raise InputError("the list of texts is empty")
-        return [self._tokenizer.encode(text, i) for i, text in enumerate(texts)]
+        return [self._tokenizer.encode(text, f"text {i}") for i, text in enumerate(texts)]
 
     def embed(self, ids: Sequence[list[int]]) -> Array:
         """ITC embeddings [T, E] of texts."""
@@ -139,23 +138,7 @@ class RetrievalEngine:
         return reordered
 
     def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Array, Array]]:
-        """Places in `rows`, ids [B, L] and mask [B, 1, 1, L] of texts that are padded to the same length.
-
-        The length a text is padded to depends on the text alone: so its score is the same, bit for bit, in any batch.
-        """
-        lengths: dict[int, list[int]] = {}
-        for place, row in enumerate(rows):
-            length = min(-(-len(row) // TEXT_LENGTH) * TEXT_LENGTH, self._num_positions)
-            lengths.setdefault(length, []).append(place)
-        for length, places in lengths.items():
-            for start in range(0, len(places), batch_size):
-                batch = places[start : start + batch_size]
-                text_ids = np.full((len(batch), length), self.manifest.tokens.pad or 0, np.int64)
-                text_mask = np.full((len(batch), 1, 1, length), MASKED, np.float32)
-                for b, place in enumerate(batch):
-                    text_ids[b, : len(rows[place])] = rows[place]
-                    text_mask[b, ..., : len(rows[place])] = 0
-                yield batch, text_ids, text_mask
+        return padded_texts(rows, batch_size, self.manifest.tokens.pad or 0, self._tokenizer.num_positions)
 
 
 def match_probability(logits: Array) -> Array:

@@ -11,6 +11,8 @@ A picture becomes text in three stages:
     image_embeds           -> qformer -> query_embeds [B,Q,Dq], prefix [B,Q,D]
     prefix, input_ids      -> decoder -> logits [B,R,V]        once to prefill, then once a token
 
+A Q-Former that was trained to read questions also takes text_ids [B,L] and text_mask; L may be 0.
+
 With an encoder-decoder language model (T5) the encoder reads picture and prompt, and the decoder only generates:
 
     prefix, input_ids      -> encoder -> cross_key_i, cross_value_i [B,H,E,d]      once an image and prompt
@@ -73,11 +75,17 @@ def vision_spec(image_size: int, num_tokens: int, width: int) -> StageSpec:
 
 
 def qformer_spec(
-    num_tokens: int, vision_width: int, num_queries: int, qformer_width: int, language_width: int
+    num_tokens: int,
+    vision_width: int,
+    num_queries: int,
+    qformer_width: int,
+    language_width: int,
+    reads_questions: bool = False,
 ) -> StageSpec:
     """Q-Former with its query tokens and the projection to the language model."""
+    image = TensorSpec("image_embeds", "float32", ("B", num_tokens, vision_width))
     return StageSpec(
-        inputs=(TensorSpec("image_embeds", "float32", ("B", num_tokens, vision_width)),),
+        inputs=(image, *_TEXT_INPUTS) if reads_questions else (image,),
         outputs=(
             TensorSpec("query_embeds", "float32", ("B", num_queries, qformer_width)),
             TensorSpec("prefix", "float32", ("B", num_queries, language_width)),

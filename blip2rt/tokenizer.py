@@ -88,7 +88,7 @@ class Tokenizer(_TokenizerFile):
 
 
 class TextTokenizer(_TokenizerFile):
-    """The Q-Former's, of texts that are compared with images."""
+    """The Q-Former's, of texts that are compared with images, and of questions."""
 
     def __init__(self, path: Path, tokens: TokenSpec, vocab_size: int, num_positions: int):
         """Read a `tokenizer.json`; texts have `num_positions` tokens at most, the first and the last included.
@@ -99,18 +99,18 @@ class TextTokenizer(_TokenizerFile):
         super().__init__(path, tokens, vocab_size)
         self.num_positions = num_positions
 
-    def encode(self, text: str, index: int) -> list[int]:
-        """Text -> ids, [CLS] first and [SEP] last; `index` is its place in the list, for errors.
+    def encode(self, text: str, what: str) -> list[int]:
+        """Text -> ids, [CLS] first and [SEP] last; `what` names it in errors, as "text 3".
 
         Raises:
             InputError: not a string, empty, longer than the positions, or text for no embedding row.
         """
-        ids = self._ids(text, f"text {index}")
+        ids = self._ids(text, what)
         if not ids:
-            raise InputError(f"text {index} is empty: {text!r}")
+            raise InputError(f"{what} is empty: {text!r}")
         if len(ids) + 2 > self.num_positions:
             raise InputError(
-                f"text {index} has {len(ids) + 2} tokens and the model {self.num_positions} positions: shorten it, "
+                f"{what} has {len(ids) + 2} tokens and the model {self.num_positions} positions: shorten it, "
                 f"{text[:40]!r}..."
             )
         return [self.tokens.bos, *ids, *self.tokens.stop]

@@ -1,14 +1,18 @@
 """Tiny random checkpoints in transformers' own format, and engines of one of them, for all tests."""
 
+import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -23,10 +27,17 @@ SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids as OPT's: <pad> is 1, </s> is
 
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
+ASKING_QFORMER = {"use_qformer_text_input": True, "vocab_size": 40, "max_position_embeddings": 60}
+
+# torch.onnx builds the same table of operators anew for each graph, which is half of the time of a tiny one
+ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
 CheckpointMaker = Callable[..., Path]
 
 
-def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **text: Any) -> Path:
+def make_checkpoint(
+    directory: Path, seed: int = 0, model_type: str = "opt", *, qformer: dict[str, Any] | None = None, **text: Any
+) -> Path:
     """A random BLIP-2 of odd sizes drawn from `seed`; `text` overrides fields of the language model's config.
 
     `model_type` is the language model's, "opt" or "t5".
@@ -55,6 +66,7 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
             "num_hidden_layers": draw.randint(1, most_layers),
             "num_attention_heads": heads["qformer"],
             "cross_attention_frequency": draw.choice([1, 2, 2, 3]),
+            **(qformer or {}),
         },
         text_config={
             **(random_t5 if model_type == "t5" else random_opt)(draw, widths["text"], heads["text"]),
@@ -76,7 +88,23 @@ def make_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **t
     return directory
 
 
-def make_retrieval_checkpoint(directory: Path, seed: int = 0, **config: Any) -> Path:
+def make_asking_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **qformer: Any) -> Path:
+    """A random BLIP-2 whose Q-Former reads questions, as VQA fine-tuning leaves it."""
+    make_checkpoint(directory, seed, model_type, qformer=ASKING_QFORMER | qformer)
+    width = json.loads((directory / "config.json").read_text())["qformer_config"]["hidden_size"]
+    generator = torch.Generator().manual_seed(seed)
+    tables = {"word": ASKING_QFORMER["vocab_size"], "position": ASKING_QFORMER["max_position_embeddings"]}
+    tensors = load_file(directory / "model.safetensors")
+    for name, rows in tables.items():  # transformers keeps them in its retrieval model alone
+        tensors[f"embeddings.{name}_embeddings.weight"] = torch.randn(rows, width, generator=generator)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    write_text_tokenizer(directory / "qformer_tokenizer", ASKING_QFORMER["vocab_size"])
+    return directory
+
+
+def make_retrieval_checkpoint(
+    directory: Path, seed: int = 0, *, qformer: dict[str, Any] | None = None, **config: Any
+) -> Path:
     """A random retrieval model of odd sizes drawn from `seed`; `config` overrides fields of its `Blip2Config`.
 
     Its tokenizer knows the words w0, w1, ... and puts [CLS] before and [SEP] behind a text, as BERT's does.
@@ -105,6 +133,7 @@ def make_retrieval_checkpoint(directory: Path, seed: int = 0, **config: Any) -> 
                 "vocab_size": vocab_size,
                 "max_position_embeddings": draw.randint(20, 90),
                 "use_qformer_text_input": True,
+                **(qformer or {}),
             },
             num_query_tokens=draw.randint(1, 40),
             image_text_hidden_size=draw.randint(3, 40),
@@ -200,6 +229,12 @@ def write_tokenizer(directory: Path, vocab_size: int, ends_prompts: bool = False
 def checkpoint_maker() -> CheckpointMaker:
     """`make_checkpoint`."""
     return make_checkpoint
+
+
+@pytest.fixture(scope="session")
+def asking_checkpoint_maker() -> CheckpointMaker:
+    """`make_asking_checkpoint`."""
+    return make_asking_checkpoint
 
 
 @pytest.fixture(scope="session")

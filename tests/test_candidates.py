@@ -68,8 +68,10 @@ def test_scores_are_those_of_transformers(model: tuple[Path, Pipeline], monkeypa
             assert found.score == pytest.approx(np.mean(expected), rel=1e-5, abs=1e-5)
             assert found.token_logprobs == pytest.approx(expected[:-1], rel=1e-4, abs=1e-4)
             assert found.finish_reason == "stop"
-    alone = pipe.answer(pipe.encode(images[1]), questions[1], candidates=CANDIDATES[::-1])
+    alone = pipe.answer(pipe.encode(images[1]), questions[1], candidates=CANDIDATES)
     assert (alone.text, alone.score) == (answers[1].text, answers[1].score)
+    turned = pipe.answer(images[1], questions[1], candidates=CANDIDATES[::-1])  # other rows, other last bits
+    assert (turned.text, turned.score) == (answers[1].text, pytest.approx(answers[1].score, rel=1e-6))
 
 
 def test_wrong_candidates(tiny_pipeline: Pipeline, tiny_images: list[Array]) -> None:

@@ -266,7 +266,7 @@ CONFIGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "section": (None, {"text_config": 3}, "text_config must be an object"),
     "post-norm": ("text_config", {"do_layer_norm_before": False}, "opt-350m"),
     "projected": ("text_config", {"word_embed_proj_dim": 16}, "opt-350m"),
-    "text in q-former": ("qformer_config", {"use_qformer_text_input": True}, "reads text"),
+    "text in q-former": ("qformer_config", {"use_qformer_text_input": True}, "missing: embeddings.position_embeddings"),
     "activation": ("vision_config", {"hidden_act": "mish"}, "'mish'"),
     "heads": ("vision_config", {"num_attention_heads": 3}, "not a multiple"),
     "no layers": ("vision_config", {"num_hidden_layers": 0}, "vision_config.num_hidden_layers is 0"),

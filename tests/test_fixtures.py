@@ -21,6 +21,7 @@ import blip2rt.export
 from blip2rt import Generation, Pipeline
 from blip2rt.backends import Stage
 from blip2rt.export import export_engine, graphs
+from blip2rt.generative import Prompt
 from blip2rt.manifest import Manifest
 from blip2rt.model import Blip2, CheckpointSource, load_blip2
 from blip2rt.model.config import OPTConfig, stop_token_ids
@@ -331,7 +332,7 @@ def test_lavis_greedy(engines: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize("name", ["lavis", "vqa"])
 def test_token_ids_of_prompts(name: str, engines: Callable[[str], Path]) -> None:
     """Their tokenizers, which put one start token first, and ours out of the same files."""
-    tokenizer, expected = Pipeline(engines(name))._tokenizer, arrays(name)
+    tokenizer, expected = Pipeline(engines(name)).generative_engine.tokenizer, arrays(name)
     texts = json.loads(
         (LAVIS_DIR / "lavis" / "texts.json" if name == "lavis" else MMPRETRAIN_DIR / "texts.json").read_text()
     )
@@ -416,7 +417,8 @@ def test_generated_ids(name: str, case: str, engines: Callable[[str], Path]) -> 
     prompts, options = recorded_call(name, case)
     pipe, expected = Pipeline(engines(name)), arrays(name)
     features = pipe.encode(list(pictures(name)[: len(prompts)]))
-    results = pipe._decode(Generation, features, prompts, options)
+    engine = pipe.generative_engine
+    results = engine.decode(Generation, features, list(map(Prompt, prompts)), options)
     sequences = [sequence for result in results for sequence in (result, *result.alternatives)]
     (stop,), start = pipe.manifest.tokens.stop, pipe.manifest.tokens.bos
     rows = expected[f"{case}_ids"]

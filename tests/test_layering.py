@@ -19,11 +19,12 @@ PROGRAMS = sorted(
 # A part (a module, or a folder as a whole) imports only parts of the layers before its own.
 RUNTIME_LAYERS = (
     {"__init__", "errors", "stages", "results", "progress", "trace", "bundled", "cli_output"},
-    {"manifest", "native", "options", "evaluation", "gallery_store", "data"},
+    {"manifest", "native", "options", "qformer_texts", "evaluation", "gallery_store", "data"},
     {"engine_directory", "backends"},
     {"preprocess", "tokenizer", "search", "decoder"},
     {"inputs", "retrieval"},
     {"candidates"},
+    {"generative"},
     {"pipeline", "inspection"},
     {"gallery", "presets"},
     {"inference", "evaluate_retrieval"},

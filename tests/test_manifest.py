@@ -48,7 +48,9 @@ def a_manifest(**changes: Any) -> Manifest:
         device="cpu",
         image=ImageSpec(28, (0.48145466, 0.4578275, 0.40821073), (0.25, 0.5, 1.0)),
         tokens=TokenSpec(bos=2, pad=None, stop=(50118,), image=50265),
+        question_tokens=TokenSpec(bos=101, pad=0, stop=(102,), image=None),
         parameters={"vision": 3},
+        left_out=("blocks.3.norm1.weight",),
         toolchain={"blip2rt": "0.1.0"},
         parity={"vision": Parity(1e-6, 0.1 + 0.2, 1.0, {"B": 3})},
         model={"text": {"vocab_size": 50, "layer_norm_eps": 1e-12}, "names": ["ä", None, True]},
@@ -99,6 +101,7 @@ ENTRIES = st.builds(FileEntry, SIZE, st.text("0123456789abcdef", min_size=64, ma
 TENSORS = st.builds(TensorSpec, TEXT, TEXT, st.lists(st.integers() | TEXT, max_size=4).map(tuple))
 SIGNATURES = st.builds(StageSpec, *[st.lists(TENSORS, max_size=3).map(tuple)] * 2)
 THREE = st.tuples(REAL, REAL, REAL)
+TOKENS = st.builds(TokenSpec, SIZE, st.none() | SIZE, st.lists(SIZE, max_size=3).map(tuple), st.none() | SIZE)
 
 
 @st.composite
@@ -115,9 +118,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         kernels=draw(st.sampled_from(["stock", "native"])),
         device=draw(TEXT),
         image=draw(st.builds(ImageSpec, st.integers(1), THREE, THREE)),
-        tokens=draw(
-            st.builds(TokenSpec, SIZE, st.none() | SIZE, st.lists(SIZE, max_size=3).map(tuple), st.none() | SIZE)
-        ),
+        tokens=draw(TOKENS),
+        question_tokens=draw(st.none() | TOKENS),
+        left_out=draw(st.lists(TEXT, max_size=2).map(tuple)),
         parameters=draw(st.dictionaries(TEXT, SIZE, max_size=3)),
         toolchain=draw(st.dictionaries(TEXT, TEXT, max_size=3)),
         parity=draw(

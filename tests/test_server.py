@@ -564,14 +564,15 @@ def test_one_failure_is_one_failure(
     """A picture at which the engines fail does not take those beside it along."""
     with running(tiny_engine, max_batch=4) as (server, client):
         bad = server.engines.current.pipe.preprocess(picture(5))
-        encode = server.engines.current.pipe._encode
+        generative = server.engines.current.pipe.generative_engine
+        encode = generative.encode
 
         def fragile(pixels: list[Any], first_index: None) -> Any:
             if any(np.array_equal(p, bad) for p in pixels):
                 raise RuntimeError("no")
             return encode(pixels, first_index)
 
-        monkeypatch.setattr(server.engines.current.pipe, "_encode", fragile)
+        monkeypatch.setattr(generative, "encode", fragile)
         engine = Blocked(server, monkeypatch)
         with ThreadPoolExecutor(8) as pool:
             bodies = [server.chat_body(picture(i), max_tokens=3) for i in range(8)]

@@ -117,7 +117,7 @@ class _Run:
         self.source = Source(job.source, columns)
         chosen = pick_format(job.format, job.output, job.extension)
         self.pipe = Pipeline(engine, name=name, threads=threads)
-        self.pipe._check_generative()
+        _ = self.pipe.generative_engine  # an error where there is none
         self.text_column = columns.text and TEXT_NAMES[job.task]
         settings = {
             "task": job.task,
@@ -249,7 +249,7 @@ class _Run:
             for batch in batches:
                 pixels = [pixels for _, pixels in batch if pixels is not None]
                 entries = [entry for entry, _ in batch]
-                future = executor.submit(self.pipe._encode, pixels, None) if pixels else None
+                future = executor.submit(self.pipe.generative_engine.encode, pixels, None) if pixels else None
                 if waiting:
                     yield waiting[0], waiting[1].result() if waiting[1] else []
                 waiting = entries, future

@@ -22,7 +22,7 @@ from ..progress import Progress
 from .graphs import stage_specs, trace_stage
 from .lower import lower
 from .quantize import quantize
-from .tokenizer_files import write_text_tokenizer, write_tokenizer
+from .tokenizer_files import QUESTION_FOLDER, write_text_tokenizer, write_tokenizer
 from .verify import compare_engine
 from .weights import Written, write_stage
 
@@ -51,7 +51,8 @@ def export_engine(
         precision: "fp32"; "int8", all linear layers; "int4", those of the language model, the others int8.
         device: "cpu".
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
-        text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model; None: the model's own.
+        text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model or one whose Q-Former
+            reads questions; None: the model's own.
         force: replace an engine that is there.
 
     Returns:
@@ -75,9 +76,11 @@ def export_engine(
         raise InputError(
             f"{checkpoint.source.model} is a retrieval model without a language model: pass --text-tokenizer for BERT's"
         )
-    if text_tokenizer and not is_retrieval:
+    reads_text = config.qformer.use_qformer_text_input
+    if text_tokenizer and not reads_text:
         raise InputError(
-            f"{checkpoint.source.model} has a language model and no retrieval heads: pass --tokenizer for its tokenizer"
+            f"{checkpoint.source.model} has a Q-Former that reads no text: pass --tokenizer for the tokenizer of its "
+            "language model"
         )
     if output is None:
         output = Path("engines") / f"{checkpoint.name}-{precision}-{device}"
@@ -85,19 +88,19 @@ def export_engine(
         os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
-    chosen = text_tokenizer if is_retrieval else tokenizer
-    tokenizer_directory = Path(chosen) if chosen else checkpoint.directory
-    if tokenizer_directory is None:
-        option = "--text-tokenizer" if is_retrieval else "--tokenizer"
-        raise CheckpointError(f"{checkpoint.source.model} holds no tokenizer: pass its directory with {option}")
+    tokenizers = _tokenizer_directories(checkpoint, tokenizer, text_tokenizer)
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
     with building(output, force=force, needed=int(BYTES[precision] * sum(parameters.values()))) as directory:
+        question_tokens = None
         if isinstance(config, RetrievalConfig):
-            tokens = write_text_tokenizer(tokenizer_directory, directory, config.qformer.vocab_size)
+            tokens = write_text_tokenizer(tokenizers[1], directory / "tokenizer.json", config.qformer.vocab_size)
         else:
             tokens = _token_spec(config)
-            write_tokenizer(tokenizer_directory, directory, config.text.vocab_size)
+            write_tokenizer(tokenizers[0], directory, config.text.vocab_size)
+            if reads_text:
+                file = directory / "question_tokenizer.json"
+                question_tokens = write_text_tokenizer(tokenizers[1], file, config.qformer.vocab_size)
         reference = checkpoint.build()
         kernels = "native" if precision != "fp32" and library_path() else "stock"
         bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
@@ -120,7 +123,9 @@ def export_engine(
             kernels=kernels,
             image=_image_spec(checkpoint),
             tokens=tokens,
+            question_tokens=question_tokens,
             parameters=parameters,
+            left_out=tuple(checkpoint.names.stored_as(name) for name in checkpoint.left_out),
             toolchain=_toolchain(),
             parity={},
             model=config.to_dict(),
@@ -137,6 +142,25 @@ def export_engine(
         parity = {c.stage: c.parity for c in comparisons}
         replace(manifest, parity=parity, files=describe_files(directory)).write(directory)
     return Path(output)
+
+
+def _tokenizer_directories(
+    checkpoint: Checkpoint, tokenizer: str | Path | None, text_tokenizer: str | Path | None
+) -> tuple[Path, Path]:
+    """Of the language model's and of the Q-Former's; what a model does not have is not looked for."""
+    own, model = checkpoint.directory, checkpoint.source.model
+    is_retrieval = isinstance(checkpoint.config, RetrievalConfig)
+    language = Path(tokenizer) if tokenizer else own
+    if is_retrieval:
+        text = Path(text_tokenizer) if text_tokenizer else own
+    else:
+        text = Path(text_tokenizer) if text_tokenizer else (own / QUESTION_FOLDER if own else None)
+    if language is None and not is_retrieval:
+        raise CheckpointError(f"{model} holds no tokenizer: pass its directory with --tokenizer")
+    if checkpoint.config.qformer.use_qformer_text_input and (text is None or not text.is_dir()):
+        reader = "" if is_retrieval else " of the Q-Former, which reads questions"
+        raise CheckpointError(f"{model} holds no tokenizer{reader}: pass its directory with --text-tokenizer")
+    return language or Path(), text or Path()
 
 
 def _read(checkpoint: Checkpoint, stage: str, name: str) -> torch.Tensor:

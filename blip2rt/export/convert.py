@@ -23,6 +23,7 @@ from ..model.formats import NORM_EPS, unused_blocks
 from ..model.names import FORMATS, LANGUAGE_MODEL, LAVIS, MMPRETRAIN, QFORMER_PREFIXES, TRANSFORMERS, NoPlaceError
 from ..progress import Progress
 from .tensor_files import Entry, write_safetensors, write_torch
+from .tokenizer_files import QUESTION_FOLDER
 
 # Files of a transformers checkpoint that are neither weights nor config.json.
 COMPANIONS = (
@@ -97,6 +98,8 @@ def convert_checkpoint(
                 for name in COMPANIONS:
                     if (place / name).is_file():
                         shutil.copy(place / name, written / name)
+                if (place / QUESTION_FOLDER).is_dir():
+                    shutil.copytree(place / QUESTION_FOLDER, written / QUESTION_FOLDER, dirs_exist_ok=True)
             write_safetensors(written / "model.safetensors", entries, bar.advance)
             Checkpoint(written)  # strict: as much as the format wants, and no more
         else:

@@ -66,6 +66,7 @@ def stage_specs(config: ModelConfig) -> dict[str, StageSpec]:
             config.num_query_tokens,
             config.qformer.hidden_size,
             text.hidden_size,
+            config.qformer.use_qformer_text_input,
         ),
         **_language_specs(text),
     }

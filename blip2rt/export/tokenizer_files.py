@@ -8,6 +8,7 @@ from ..manifest import TokenSpec
 
 FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "vocab.txt")
 DECODE = "[DEC]"  # begins a caption in stage 1
+QUESTION_FOLDER = "qformer_tokenizer"  # in a checkpoint: where transformers' InstructBLIP keeps its Q-Former's
 
 
 def write_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
@@ -26,12 +27,12 @@ def write_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def write_text_tokenizer(source: Path, directory: Path, vocab_size: int) -> TokenSpec:
-    """Write `tokenizer.json` of the Q-Former, which is BERT's with [DEC] behind its last word.
+def write_text_tokenizer(source: Path, file: Path, vocab_size: int) -> TokenSpec:
+    """Write the tokenizer of the Q-Former, which is BERT's with [DEC] behind its last word.
 
     Args:
         source: directory with BERT's tokenizer; where it has no [DEC] (vocab.txt alone), the last row is taken for it.
-        directory: the engine directory.
+        file: where to, in the engine directory.
         vocab_size: embedding rows of the Q-Former.
 
     Returns:
@@ -48,10 +49,10 @@ def write_text_tokenizer(source: Path, directory: Path, vocab_size: int) -> Toke
     absent = [f"[{name.upper()}]" for name, i in ids.items() if i is None]
     if absent:
         raise CheckpointError(
-            f"the tokenizer of {source} has no {', '.join(absent)}: a retrieval model reads texts with BERT's "
+            f"the tokenizer of {source} has no {', '.join(absent)}: a Q-Former reads texts with BERT's "
             "tokenizer; pass its directory with --text-tokenizer"
         )
-    tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
+    tokenizer.backend_tokenizer.save(str(file))
     return TokenSpec(ids["cls"], ids["pad"], (ids["sep"],), None)
 
 

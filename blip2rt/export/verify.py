@@ -154,7 +154,7 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         with _engine_errors(directory / entry.file):
             graph = ir.load(directory / entry.file).graph
         outputs = [output.name for output in signature.outputs]
-        pieces = _pieces(stage, module, outputs)
+        pieces = _pieces(stage, module, signature)
         for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
             if TOKEN_EMBEDDING in piece.inputs:
                 tensors[TOKEN_EMBEDDING] = checkpoint.parameter(f"{stage}.{TOKEN_EMBEDDING}")
@@ -182,8 +182,9 @@ def _engine_errors(path: Path) -> Iterator[None]:
         raise EngineError(f"{path} cannot be run ({reason}): build the engine again with `blip2rt export`") from error
 
 
-def _pieces(stage: str, module: torch.nn.Module, outputs: list[str]) -> list[Piece]:
+def _pieces(stage: str, module: torch.nn.Module, signature: StageSpec) -> list[Piece]:
     """What a stage consists of, in order. A retrieval engine's Q-Former has other outputs than a generative one's."""
+    outputs = [output.name for output in signature.outputs]
     blocks = range(len(list(module.get_submodule("blocks").children())))
     hidden = [f"hidden_{i}" for i in range(len(blocks) + 1)]
     if stage == VISION:
@@ -193,6 +194,16 @@ def _pieces(stage: str, module: torch.nn.Module, outputs: list[str]) -> list[Pie
             Piece("norm", (hidden[-1],), ("image_embeds",)),
         ]
     image, text, mask = ("image_embeds", "text_ids", "text_mask")
+    has_text = any(tensor.name == text for tensor in signature.inputs)
+    if stage == ITM or (stage == QFORMER and has_text):
+        end = [Piece("head", (hidden[-1],), tuple(outputs))]
+        if stage == QFORMER:
+            end = [Piece("queries", (hidden[-1],), (outputs[0],)), Piece("projection", (outputs[0],), (outputs[1],))]
+        return [
+            Piece("embedding", (image, text), (hidden[0],)),
+            *(Piece(f"blocks.{i}", (hidden[i], image, mask), (hidden[i + 1],)) for i in blocks),
+            *end,
+        ]
     if stage in (QFORMER, TEXT):
         hidden[-1] = outputs[0]
         return [
@@ -202,12 +213,6 @@ def _pieces(stage: str, module: torch.nn.Module, outputs: list[str]) -> list[Pie
                 for i in blocks
             ),
             Piece("projection" if outputs[1] == "prefix" else "itc", (hidden[-1],), (outputs[1],)),
-        ]
-    if stage == ITM:
-        return [
-            Piece("embedding", (image, text), (hidden[0],)),
-            *(Piece(f"blocks.{i}", (hidden[i], image, mask), (hidden[i + 1],)) for i in blocks),
-            Piece("head", (hidden[-1],), tuple(outputs)),
         ]
     cross = [(f"cross_key_{i}", f"cross_value_{i}") for i in range(len(getattr(module, "cross", blocks)))]
     if stage == ENCODER:

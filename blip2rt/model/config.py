@@ -166,7 +166,7 @@ class Blip2Config:
             image_token_id=config.get("image_token_index", config.get("image_token_id")),
         )
         if not problems:
-            problems = _contradictions(parsed, text, qformer)
+            problems = _contradictions(parsed, text)
         if problems:
             raise CheckpointError("config.json cannot be used: " + "; ".join(problems))
         return parsed
@@ -280,7 +280,7 @@ def _known_fields(kind: type, section: Mapping[str, Any], where: str, problems: 
     return values
 
 
-def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mapping[str, Any]) -> list[str]:
+def _contradictions(config: Blip2Config, text: Mapping[str, Any]) -> list[str]:
     problems = _part_problems(config.vision, config.qformer, config.num_query_tokens)
     if isinstance(config.text, T5Config):
         problems += _activation_problems("text_config.dense_act_fn", config.text.dense_act_fn)
@@ -306,8 +306,6 @@ def _contradictions(config: Blip2Config, text: Mapping[str, Any], qformer: Mappi
     ):
         if type(token) is int and token >= config.text.vocab_size:
             problems.append(f"{name} {token} is beyond the {config.text.vocab_size} embedding rows")
-    if qformer.get("use_qformer_text_input", False) is not False:
-        problems.append("qformer_config.use_qformer_text_input is true: a Q-Former that reads text is not supported")
     return problems
 
 

@@ -128,14 +128,25 @@ def qformer_blocks(config: QFormerConfig, vision_width: int, num_queries: int) -
     return nn.ModuleList(QFormerBlock(config, vision_width, num_queries, i) for i in range(config.num_hidden_layers))
 
 
+class Queries(nn.Module):
+    """Queries and text [B, Q+L, Dq] -> the queries [B, Q, Dq]."""
+
+    def __init__(self, num_queries: int):
+        super().__init__()
+        self.num_queries = num_queries
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.num_queries]
+
+
 class QFormer(nn.Module):
     """The qformer stage: query tokens, blocks, and the projection to the language model's width."""
 
     def __init__(self, config: QFormerConfig, vision_width: int, num_queries: int, language_width: int):
         super().__init__()
-        self.num_queries = num_queries
         self.embedding = QFormerEmbedding(config, num_queries)
         self.blocks = qformer_blocks(config, vision_width, num_queries)
+        self.queries = Queries(num_queries)
         self.projection = nn.Linear(config.hidden_size, language_width)
 
     def forward(
@@ -145,5 +156,5 @@ class QFormer(nn.Module):
         x = self.embedding(image_embeds, text_ids)
         for block in self.blocks:
             x = block(x, image_embeds, text_mask)
-        x = x[:, : self.num_queries]
-        return x, self.projection(x)
+        queries = self.queries(x)
+        return queries, self.projection(queries)

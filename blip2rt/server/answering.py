@@ -11,10 +11,10 @@ from typing import Any
 from starlette.requests import Request
 
 from ..errors import InputError
+from ..generative import Prompt
 from ..options import GenerationOptions, ResolvedOptions, resolve_options
 from ..pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS
 from ..results import Generation
-from ..tokenizer import QUESTION_PROMPT, SHORT_QUESTION_PROMPT
 from .batching import GoneError, Job, QueueFullError
 from .engines import Engine
 from .errors import HttpError
@@ -72,21 +72,20 @@ class Answering:
         return await loop.run_in_executor(self._threads, fetch, url, self.settings)
 
     async def jobs(
-        self, engine: Engine, pictures: Sequence[bytes], prompts: Sequence[str], options: ResolvedOptions
+        self, engine: Engine, pictures: Sequence[bytes], prompts: Sequence[Prompt], options: ResolvedOptions
     ) -> list[Job]:
-        """Everything checked and decoded, nothing submitted.
+        """Pictures checked and decoded, nothing submitted.
 
         Raises:
-            InputError: a wrong picture (`ImageError`) or prompt.
+            InputError: a wrong picture (`ImageError`).
         """
         if len(pictures) > self.settings.max_pictures:
             raise InputError(f"{len(pictures)} pictures are more than a request may have: {self.settings.max_pictures}")
         deadline = monotonic() + self.settings.timeout
-        ids = [engine.pipe._prompts(prompt, 1, options)[0] for prompt in prompts]
         loop = asyncio.get_running_loop()
         decoded = [loop.run_in_executor(self._threads, self._decode, engine, picture) for picture in pictures]
         pixels = await asyncio.gather(*decoded)
-        return [Job(p, i, options, deadline) for p, i in zip(pixels, ids, strict=True)]
+        return [Job(image, prompt, options, deadline) for image, prompt in zip(pixels, prompts, strict=True)]
 
     def _decode(self, engine: Engine, picture: bytes) -> Any:
         return engine.pipe.preprocess(check_picture(picture, self.settings))
@@ -162,9 +161,14 @@ def _tell(loop: asyncio.AbstractEventLoop, pieces: "asyncio.Queue[str | None]", 
         loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
 
-def question_template(engine: Engine) -> str:
-    """How the engine's language model was asked in training."""
-    return QUESTION_PROMPT if engine.pipe._encoder is None else SHORT_QUESTION_PROMPT
+def read_prompt(engine: Engine, task: str, text: str, options: ResolvedOptions) -> Prompt:
+    """The text of a request as the engine's models read it.
+
+    Raises:
+        InputError: it is too long, or no possible text.
+    """
+    generative = engine.pipe.generative_engine
+    return generative.question(text, options) if task == "answer" else generative.prompt(text, options)
 
 
 def row_of(result: Generation) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..generative import Prompt
 from ..options import ResolvedOptions
 from ..pipeline import Pipeline
 from ..results import Generation
@@ -39,7 +40,7 @@ class Job:
     """One picture with one prompt."""
 
     pixels: Array  # [3, S, S]
-    prompt: list[int]
+    prompt: Prompt
     options: ResolvedOptions
     deadline: float  # by `monotonic`
     on_text: Callable[[str], None] | None = None  # called in the engines' thread with every new piece of the text
@@ -162,7 +163,7 @@ class Batcher:
                     job.future.set_exception(error)
 
     def _run(self, batch: list[Job]) -> None:
-        features = self.pipe._encode([job.pixels for job in batch], None)
+        features = self.pipe.generative_engine.encode([job.pixels for job in batch], None)
         groups: dict[ResolvedOptions, list[int]] = {}
         for i, job in enumerate(batch):
             groups.setdefault(job.options, []).append(i)
@@ -170,25 +171,25 @@ class Batcher:
             self._decode([batch[i] for i in members], [features[i] for i in members], options)
 
     def _decode(self, jobs: list[Job], features: list[Any], options: ResolvedOptions) -> None:
-        """`Pipeline._decode`, for jobs that may leave on the way."""
-        pipe = self.pipe
+        """`GenerativeEngine.decode`, for jobs that may leave on the way."""
+        engine = self.pipe.generative_engine
         self._metrics.batch.observe(len(jobs))
         searches = [
             _Watched(
-                start_search(options, pipe._history(job.prompt, options), pipe.manifest.tokens.stop),
+                start_search(options, engine.history(job.prompt, options), engine.manifest.tokens.stop),
                 job,
-                pipe._tokenizer.decode,
+                engine.tokenizer.decode,
             )
             for job in jobs
         ]
-        decoder = pipe._open_decoder(features, [job.prompt for job in jobs], options)
+        decoder = engine.open_decoder(features, [job.prompt for job in jobs], options)
         for _ in run_searches(decoder, searches):
             pass
         for job, search in zip(jobs, searches, strict=True):
             if job.is_gone:
                 self._give_up(job)
                 continue
-            result = pipe._result(Generation, search.sequences())
+            result = engine.result(Generation, search.sequences())
             self._metrics.pictures.inc()
             self._metrics.tokens.inc(sum(len(row.token_ids) for row in (result, *result.alternatives)))
             job.future.set_result(result)

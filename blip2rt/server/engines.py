@@ -44,7 +44,7 @@ class Engines:
 
     def _open(self) -> Engine:
         pipe = Pipeline(self._path, name=self._name, threads=self._threads)
-        pipe._check_generative()
+        _ = pipe.generative_engine  # an error where there is none
         return Engine(pipe, self._settings, self._metrics)
 
     @contextmanager

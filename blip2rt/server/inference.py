@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from .. import __version__
 from ..errors import InputError
 from ..tokenizer import CAPTION_PROMPT
-from .answering import DEFAULTS, Answering, question_template
+from .answering import DEFAULTS, Answering, read_prompt
 from .engines import Engine, Engines
 from .errors import HttpError
 from .pictures import decode_base64
@@ -76,14 +76,15 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
                 raise InputError(f"task {task!r:.60} is none of {', '.join(DEFAULTS)}")
             given = {name: value for name, value in parameters.items() if name not in OWN_PARAMETERS}
             options = answering.options(str(task), given)
-            prompts = _prompts(str(task), inputs.get("text"), len(inputs["image"]), question_template(engine))
+            texts = _texts(str(task), inputs.get("text"), len(inputs["image"]))
+            prompts = [read_prompt(engine, str(task), text, options) for text in texts]
             jobs = await answering.jobs(engine, inputs["image"], prompts, options)
             results = await answering.results(request, engine, jobs)
         rows = [[result, *result.alternatives] for result in results]
         width = min(len(row) for row in rows)
-        texts = [row.text for found in rows for row in found[:width]]
+        found_texts = [row.text for found in rows for row in found[:width]]
         scores = [row.score for found in rows for row in found[:width]]
-        values: dict[str, tuple[str, list[Any]]] = {"text": ("BYTES", texts), "score": ("FP64", scores)}
+        values: dict[str, tuple[str, list[Any]]] = {"text": ("BYTES", found_texts), "score": ("FP64", scores)}
         return _response(engine, content, values, [len(rows), width], bool(parameters.get("binary_data_output")))
 
     return routes
@@ -180,7 +181,7 @@ def _binary_values(data: bytes, name: str) -> list[bytes]:
     return values
 
 
-def _prompts(task: str, texts: list[bytes] | None, count: int, template: str) -> list[str]:
+def _texts(task: str, texts: list[bytes] | None, count: int) -> list[str]:
     if texts is None:
         if task != "caption":
             raise InputError(f"the task {task} needs an input `text`")
@@ -188,10 +189,9 @@ def _prompts(task: str, texts: list[bytes] | None, count: int, template: str) ->
     if len(texts) != count:
         raise InputError(f"{len(texts)} texts for {count} pictures: give one for every picture")
     try:
-        decoded = [text.decode() for text in texts]
+        return [text.decode() for text in texts]
     except UnicodeDecodeError:
         raise InputError("`text` is not UTF-8") from None
-    return [template.format(text) for text in decoded] if task == "answer" else decoded
 
 
 def _response(

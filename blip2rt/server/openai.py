@@ -20,7 +20,7 @@ from ..errors import InputError
 from ..options import GenerationOptions
 from ..results import Generation
 from ..tokenizer import CAPTION_PROMPT
-from .answering import Answering, question_template
+from .answering import Answering
 from .batching import Job
 from .engines import Engine, Engines
 from .errors import HttpError, error_body
@@ -111,8 +111,10 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
         with ExitStack() as stack:
             engine = stack.enter_context(engines.use())
             _named(engine, chat.model)
-            url, prompt = _conversation(chat.messages, question_template(engine))
+            generative = engine.pipe.generative_engine
+            url, text, question = _conversation(chat.messages, generative.question_template)
             options = answering.options("generate", _options(chat))
+            prompt = generative.prompt(text, options, question)
             [job] = await answering.jobs(engine, [await answering.picture(url)], [prompt], options)
             if not chat.stream:
                 [result] = await answering.results(request, engine, [job])
@@ -132,8 +134,8 @@ def _named(engine: Engine, name: str) -> Engine:
     return engine
 
 
-def _conversation(messages: list[ChatMessage], template: str) -> tuple[str, str]:
-    """URL of the picture, and prompt, of a conversation."""
+def _conversation(messages: list[ChatMessage], template: str) -> tuple[str, str, str | None]:
+    """URL of the picture, prompt, and the last question, of a conversation; None: a caption is wanted."""
     urls: list[str] = []
     before: list[str] = []
     question: str | None = None
@@ -157,8 +159,8 @@ def _conversation(messages: list[ChatMessage], template: str) -> tuple[str, str]
     if question is None:
         if before:
             raise InputError("the last message asks nothing: give it a text")
-        return urls[0], CAPTION_PROMPT
-    return urls[0], " ".join([*before, template.format(question)])
+        return urls[0], CAPTION_PROMPT, None
+    return urls[0], " ".join([*before, template.format(question)]), question
 
 
 def _options(chat: ChatRequest) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def _is_openai(name: str) -> bool:
 
 def _usage(job: Job, engine: Engine, result: Generation) -> dict[str, int]:
     """The picture counts with its query slots."""
-    prompt = engine.pipe._num_queries + len(job.prompt)
+    prompt = engine.pipe.generative_engine.num_queries + len(job.prompt.ids)
     completion = sum(len(row.token_ids) for row in (result, *result.alternatives))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -199,7 +201,7 @@ def _usage(job: Job, engine: Engine, result: Generation) -> dict[str, int]:
 def _logprobs(engine: Engine, result: Generation) -> dict[str, Any]:
     rows = []
     for token_id, logprob in zip(result.token_ids, result.token_logprobs, strict=True):
-        token = engine.pipe._tokenizer.decode([token_id])
+        token = engine.pipe.generative_engine.tokenizer.decode([token_id])
         rows.append({"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []})
     return {"content": rows, "refusal": None}
 

@@ -7,7 +7,7 @@ from fastapi import APIRouter, File, Form, Request, UploadFile
 
 from ..errors import InputError
 from ..tokenizer import CAPTION_PROMPT
-from .answering import Answering, question_template, row_of
+from .answering import Answering, read_prompt, row_of
 from .engines import Engines
 
 Pictures = Annotated[list[UploadFile], File(description="one or more pictures, under this one name")]
@@ -24,8 +24,8 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
         with engines.use() as engine:
             resolved = answering.options(task, _parse_options(options))
             pictures = [await picture.read() for picture in image]
-            text = question_template(engine).format(prompt) if task == "answer" else prompt
-            jobs = await answering.jobs(engine, pictures, [text] * len(pictures), resolved)
+            prompts = [read_prompt(engine, task, prompt, resolved)] * len(pictures)
+            jobs = await answering.jobs(engine, pictures, prompts, resolved)
             results = await answering.results(request, engine, jobs)
         names = [picture.filename for picture in image]
         return {"results": [{"image": n} | row_of(r) for n, r in zip(names, results, strict=True)]}
