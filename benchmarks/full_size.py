@@ -1,9 +1,11 @@
 """A BLIP-2 at full size with random weights: export, one caption, and transformers beside it.
 
     python benchmarks/full_size.py --directory SCRATCH        (30 GB of disk, 17 GB of memory, ten minutes)
+    python benchmarks/full_size.py --directory SCRATCH --precisions fp32 int8 int4      (40 GB, twenty minutes)
 
 Every part runs in a process of its own, so that its peak memory (VmHWM) is its own. The last line on stdout is one JSON
-object, which is also written to `benchmarks/results/full-size-<model>-fp32.json`. Exit status 1 when the tokens differ.
+object, which is also written to `benchmarks/results/full-size-<model>.json`. Exit status 1 when the tokens of the fp32
+engine are not those of transformers; those of the others are counted.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+
+from blip2rt.native import native_path
 
 RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS, BEAMS, RUNS = 20, 5, 2
@@ -54,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "prompt": [102, 1345, 9, 1],  # three words and the end
     },
 }
+PRECISIONS = ("fp32", "int8", "int4")
 WEIGHT_SCALE = 0.05  # 0.02, transformers' own, makes a model that repeats the last token for ever
 
 
@@ -61,36 +66,49 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="A full-size model: export and one caption beside transformers.")
     parser.add_argument("--model", choices=MODELS, default="opt-2.7b", help="the language model (default: opt-2.7b)")
     parser.add_argument("--directory", type=Path, required=True, help="scratch folder with 30 GB of space")
-    parser.add_argument("--part", choices=PARTS, help="run one part in this process (used by the program itself)")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)")
+    parser.add_argument("--part", nargs=2, metavar=("PART", "PRECISION"), help="run one part (used by the program)")
     parser.add_argument("--output", type=Path, help="where the figures go (default: benchmarks/results)")
     arguments = parser.parse_args(argv)
     if arguments.part:
-        part = PARTS[arguments.part](arguments.directory, MODELS[arguments.model])
-        print(json.dumps(part | {"peak_gb": peak_gb()}))
+        part, precision = arguments.part
+        figures = PARTS[part](arguments.directory, MODELS[arguments.model], precision)
+        print(json.dumps(figures | {"peak_gb": peak_gb()}))
         return 0
 
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    figures = {part: run_part(part, arguments.directory, arguments.model) for part in PARTS}
-    ours, theirs = figures["ours"], figures["transformers"]
-    same_tokens = ours.pop("token_ids") == (tokens := theirs.pop("token_ids"))
+    made = run_part("make", "bf16", arguments)
+    theirs = {precision: run_part("transformers", precision, arguments) for precision in ("fp32", "bf16")}
+    tokens, score = theirs["fp32"]["token_ids"], theirs["fp32"]["score"]
+    engines = {}
+    for precision in arguments.precisions:
+        built, ours = run_part("export", precision, arguments), run_part("ours", precision, arguments)
+        engines[precision] = {
+            "export": built,
+            "caption": ours,
+            "tokens_as_transformers": sum(a == b for a, b in zip(ours["token_ids"], tokens, strict=True)),
+            "score_difference": abs(ours["score"] - score),
+            "transformers_fp32_over_ours": theirs["fp32"]["seconds"] / ours["seconds"],
+            "transformers_bf16_over_ours": theirs["bf16"]["seconds"] / ours["seconds"],
+        }
+    command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH"
     result = {
-        "command": f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH",
-        "task": f"one 224 px picture, {BEAMS} beams, exactly {NEW_TOKENS} tokens, fp32, minimum of {RUNS} runs",
-        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0))},
+        "command": f"{command} --precisions {' '.join(arguments.precisions)}",
+        "task": f"one 224 px picture, {BEAMS} beams, exactly {NEW_TOKENS} tokens, minimum of {RUNS} runs",
+        "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "kernels": native_path()},
         "versions": {package: version(package) for package in ("blip2rt", "onnxruntime", "torch", "transformers")},
-        "same_tokens": same_tokens,
+        "parameters": made["parameters"],
         "distinct_tokens": len(set(tokens)),
-        "score_difference": abs(ours["score"] - theirs["score"]),
-        "speedup": theirs["seconds"] / ours["seconds"],
-        **figures,
+        "transformers": theirs,
+        "engines": engines,
     }
-    output = arguments.output or RESULTS / f"full-size-{arguments.model}-fp32.json"
+    output = arguments.output or RESULTS / f"full-size-{arguments.model}.json"
     output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
-    return 0 if same_tokens else 1
+    return 0 if engines.get("fp32", {}).get("tokens_as_transformers", NEW_TOKENS) == NEW_TOKENS else 1
 
 
-def make_checkpoint(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
+def make_checkpoint(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
     """transformers' `Blip2Config` defaults with the language model's sizes, random bf16 weights."""
     import torch
     from transformers import Blip2Config, Blip2ForConditionalGeneration
@@ -115,29 +133,33 @@ def make_checkpoint(directory: Path, model_spec: dict[str, Any]) -> dict[str, An
                 is_small = "embed" in name or name.endswith((".q.weight", ".k.weight"))
                 parameter.normal_(0.0, 0.02 if is_small else WEIGHT_SCALE)
         model.query_tokens.normal_()
+        if model_spec["text"]["model_type"] == "t5":  # an output layer of its own, as FLAN-T5 has
+            head = model.language_model.lm_head
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight).normal_(0.0, WEIGHT_SCALE))
     model.save_pretrained(directory / "checkpoint")
     for file in CHECKPOINT.glob("tokenizer*"):  # any tokenizer will do: the prompt is given as ids
         (directory / "checkpoint" / file.name).write_bytes(file.read_bytes())
     return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
-def export(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
+def export(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
     """Build the engine."""
     from blip2rt.export import export_engine
 
     start = perf_counter()
-    export_engine(directory / "checkpoint", directory / "engine", force=True)
-    return {"seconds": perf_counter() - start}
+    engine = export_engine(directory / "checkpoint", directory / precision, precision=precision, force=True)
+    seconds = perf_counter() - start
+    return {"seconds": seconds, "engine_gb": sum(file.stat().st_size for file in engine.iterdir()) / 1e9}
 
 
-def caption_ours(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
+def caption_ours(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
     """One caption by the engine."""
     from blip2rt import Caption, Pipeline
     from blip2rt.generative import Prompt
     from blip2rt.options import ResolvedOptions
 
     start = perf_counter()
-    pipe = Pipeline(directory / "engine")
+    pipe = Pipeline(directory / precision)
     load_seconds = perf_counter() - start
     options = ResolvedOptions(num_beams=BEAMS, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
     encode_seconds = []
@@ -158,14 +180,15 @@ def caption_ours(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def caption_transformers(directory: Path, model_spec: dict[str, Any]) -> dict[str, Any]:
-    """The same caption by transformers, eager, fp32."""
+def caption_transformers(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The same caption by transformers, eager."""
     import torch
     from transformers import Blip2ForConditionalGeneration
 
-    model = Blip2ForConditionalGeneration.from_pretrained(directory / "checkpoint", dtype=torch.float32).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    model = Blip2ForConditionalGeneration.from_pretrained(directory / "checkpoint", dtype=dtype).eval()
     input_ids = torch.tensor([[model_spec["image_token"]] * model.config.num_query_tokens + model_spec["prompt"]])
-    pixels = torch.from_numpy(pixel_values())[None]
+    pixels = torch.from_numpy(pixel_values())[None].to(dtype)
 
     def caption() -> Any:
         return model.generate(
@@ -184,7 +207,7 @@ def caption_transformers(directory: Path, model_spec: dict[str, Any]) -> dict[st
     return {"seconds": seconds, "score": float(output.sequences_scores[0]), "token_ids": token_ids}
 
 
-PARTS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Path, dict[str, Any], str], dict[str, Any]]] = {
     "make": make_checkpoint,
     "export": export,
     "ours": caption_ours,
@@ -192,13 +215,14 @@ PARTS: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def run_part(part: str, directory: Path, model: str) -> dict[str, Any]:
+def run_part(part: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run a part in a new process; what it prints last."""
-    print(f"{part} ...", file=sys.stderr)
-    command = [sys.executable, __file__, "--directory", str(directory), "--model", model, "--part", part]
+    print(f"{part} {precision} ...", file=sys.stderr)
+    command = [sys.executable, __file__, "--directory", str(arguments.directory), "--model", arguments.model]
+    command += ["--part", part, precision]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    print(f"{part}: {figures}", file=sys.stderr)
+    print(f"{part} {precision}: {figures}", file=sys.stderr)
     return figures
 
 

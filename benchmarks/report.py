@@ -30,30 +30,36 @@ def main(argv: list[str] | None = None) -> int:
 
 def figures() -> str:
     """Markdown of all figures."""
-    return "\n".join(
-        (full_size(load("full-size-opt-2.7b-fp32")), linears(load("linears")), tree_cache(load("tree-cache")))
-    )
+    return "\n".join((full_size(load("full-size-opt-2.7b")), linears(load("linears")), tree_cache(load("tree-cache"))))
 
 
 def full_size(result: dict[str, Any]) -> str:
     """The whole of OPT-2.7B beside transformers."""
-    ours, theirs, built = result["ours"], result["transformers"], result["export"]
-    parameters, machine = result["make"]["parameters"], result["machine"]
-    tokens = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
-    peer = f"transformers {result['versions']['transformers']}, fp32, eager"
+    parameters, machine, theirs = result["parameters"], result["machine"], result["transformers"]
+    rows = []
+    for precision, engine in result["engines"].items():
+        caption, built, same = engine["caption"], engine["export"], engine["tokens_as_transformers"]
+        rows.append(
+            f"| blip2rt, {precision} | {caption['seconds']:.1f} s | {caption['peak_gb']:.1f} GB "
+            f"| {engine['transformers_bf16_over_ours']:.1f} x | {engine['transformers_fp32_over_ours']:.1f} x "
+            f"| {same} of {len(caption['token_ids'])} | {built['seconds']:.0f} s, {built['peak_gb']:.1f} GB "
+            f"| {built['engine_gb']:.1f} GB |"
+        )
+    for precision, peer in theirs.items():
+        seconds = peer["seconds"]
+        rows.append(
+            f"| transformers {result['versions']['transformers']}, {precision}, eager | {seconds:.1f} s "
+            f"| {peer['peak_gb']:.1f} GB | {theirs['bf16']['seconds'] / seconds:.1f} x "
+            f"| {theirs['fp32']['seconds'] / seconds:.1f} x | | | |"
+        )
     return "\n".join(
         (
             f"BLIP-2 OPT-2.7B at full size, random weights, {parameters / 1e6:,.2f} M parameters: {result['task']},",
-            f"{machine['cores']} cores of {machine['cpu']} (`{result['command']}`):",
+            f"{machine['cores']} cores of {machine['cpu']}, {machine['kernels']} kernels (`{result['command']}`):",
             "",
-            "| | one caption | peak memory | |",
-            "|---|---|---|---|",
-            f"| blip2rt, fp32 | {ours['seconds']:.1f} s | {ours['peak_gb']:.1f} GB "
-            f"| {ours['encode_seconds']:.1f} s of it vision and Q-Former |",
-            f"| {peer} | {theirs['seconds']:.1f} s | {theirs['peak_gb']:.1f} GB "
-            f"| {result['speedup']:.1f} x the time, {tokens} |",
-            f"| export | {built['seconds']:.0f} s | {built['peak_gb']:.1f} GB "
-            f"| the engine: {4e-9 * parameters:.1f} GB |",
+            "| | one caption | memory | faster than bf16 | than fp32 | same tokens | export (time, memory) | size |",
+            "|---|---|---|---|---|---|---|---|",
+            *rows,
             "",
         )
     )

@@ -121,7 +121,7 @@ def test_features_stand_for_the_picture(pipe: Pipeline, monkeypatch: pytest.Monk
     first = pipe.encode(list(IMAGES))[0].prefix
     assert first is not None
     assert np.array_equal(first, features.prefix)
-    monkeypatch.setattr(pipe, "_vision", lambda **_: pytest.fail("the vision tower ran again"))
+    monkeypatch.setattr(pipe.generative_engine, "_vision", lambda **_: pytest.fail("the vision tower ran again"))
     assert pipe.caption(features) == expected[1]
     assert pipe.answer(features, "why?").text == str(pipe.answer(features, "why?"))
 
