@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from .results import Generation as Generation
     from .results import ImageFeatures as ImageFeatures
     from .results import MatchScores as MatchScores
+    from .text_gallery import TextGallery as TextGallery
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Pipeline": "pipeline",
     "Gallery": "gallery",
+    "TextGallery": "text_gallery",
     "inference_model": "inference",
     "GenerationOptions": "options",
     **dict.fromkeys(("Answer", "Caption", "Generation", "ImageFeatures", "MatchScores"), "results"),

@@ -15,7 +15,9 @@ import numpy as np
 from .data import CaptionItem
 from .evaluation import retrieval_table
 from .evaluation.recall import NOT_RANKED
-from .gallery import ADD_BATCH, Gallery, top
+from .gallery import Gallery
+from .gallery_base import ADD_BATCH
+from .gallery_scan import top
 from .pipeline import Pipeline
 from .progress import Progress
 from .retrieval import RetrievalEngine

@@ -1,4 +1,4 @@
-"""The files of a gallery. gallery.py says what they are for.
+"""The files of a gallery. gallery.py and text_gallery.py say what they are for.
 
     gallery.json          of which model, and the sizes
     journal.jsonl         one line for every change: {"add": [ids], "row": first} or {"remove": [ids]}
@@ -41,6 +41,7 @@ class Header:
     itc: list[int]  # [Q, E]
     image: list[int] | None  # [N+1, Dv], or None: no features are kept
     rows_per_shard: int
+    holds: str = "images"  # or "texts", whose ids are the texts and whose Q is 1
     format_revision: int = FORMAT_REVISION
 
     def shape(self, kind: str) -> tuple[int, ...]:
@@ -122,10 +123,12 @@ class GalleryStore:
     def __del__(self) -> None:
         self.close()
 
-    def create(self, model_sha256: str | None, itc: Sequence[int], image: Sequence[int] | None) -> None:
+    def create(
+        self, model_sha256: str | None, itc: Sequence[int], image: Sequence[int] | None, holds: str = "images"
+    ) -> None:
         """Write the header of a new gallery; the writer does."""
         rows_per_shard = max(1, SHARD_BYTES // (2 * int(np.prod(itc))))
-        header = Header(model_sha256, list(itc), list(image) if image else None, rows_per_shard)
+        header = Header(model_sha256, list(itc), list(image) if image else None, rows_per_shard, holds)
         new = self.path / f".{HEADER}.new"
         new.write_text(json.dumps(asdict(header), indent=2) + "\n", "utf-8")
         os.replace(new, self.path / HEADER)

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blip2rt import EngineError, Gallery, InputError, Pipeline, gallery_store
-from blip2rt.gallery import widened
+from blip2rt import EngineError, Gallery, InputError, Pipeline, TextGallery, gallery_store
+from blip2rt.gallery_scan import laid_out, nearest, widened
+from blip2rt.gallery_store import GalleryStore
 
 Array = np.ndarray[Any, Any]
 
@@ -54,11 +55,45 @@ def test_search_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (np.diff(cosines, axis=1) <= 0).all()
 
 
-def test_every_half_is_widened_exactly() -> None:
-    """The slow twin is numpy's own conversion."""
-    half = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+@pytest.mark.parametrize("width", [2, 7, 64])
+def test_every_half_is_widened_exactly(width: int) -> None:
+    """A row of a unit matrix picks each value out; the slow twin is numpy's own conversion."""
+    half: Array = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     half = half[np.isfinite(half)]
-    assert (widened(half).view(np.uint32) == half.astype(np.float32).view(np.uint32)).all()
+    half = half[: len(half) // width * width].reshape(-1, width)
+    picked = widened(half) @ laid_out(np.eye(width, dtype=np.float32))
+    assert (picked == half.astype(np.float32)).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([(1, 32), (32, 1), (5, 3), (1, 1)]),
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, 40),
+)
+def test_any_shape_is_searched_exactly(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    parts: tuple[int, int],
+    num_queries: int,
+    count: int,
+    width: int,
+) -> None:
+    """Rows of some vectors against queries of some: texts among images, images among texts."""
+    (per_row, per_query), store = parts, GalleryStore(tmp_path_factory.mktemp("gallery") / "g")
+    store.lock()
+    store.create(None, (per_row, width), None)
+    vectors, queries = unit((count, per_row, width), seed), unit((num_queries, per_query, width), seed + 1)
+    store.append(list(range(count)), {"itc": vectors})
+    rows, cosines = nearest(store, queries, 20)
+    stored = vectors.astype(np.float16).astype(np.float64)
+    expected = np.einsum("nqe,tpe->tnqp", stored, queries.astype(np.float64)).max(axis=(2, 3))
+    assert rows.shape == (num_queries, min(20, count))
+    assert np.abs(cosines - np.sort(expected, axis=1)[:, ::-1][:, :20]).max() < 1e-6
+    assert np.abs(cosines - np.take_along_axis(expected, rows, axis=1)).max() < 1e-6
+    store.close()
 
 
 @settings(max_examples=25, deadline=None)
@@ -218,3 +253,38 @@ def test_of_another_model_or_without_features(pipe: Pipeline, tmp_path: Path) ->
         Gallery(tmp_path / "g", pipe)
     with pytest.raises(EngineError, match="of another model"):
         Gallery(tmp_path / "g", pipe.directory).search("w1")
+
+
+def test_texts_are_found_by_images(pipe: Pipeline, tmp_path: Path) -> None:
+    """The other direction: by ITC alone and re-ranked by ITM, as `match` scores them."""
+    size = pipe.manifest.image.size
+    images = [np.random.default_rng(i).standard_normal((3, size, size), np.float32) for i in range(3)]
+    texts = [f"w{i} w{i * 7 % 30} w{i * 11 % 30}" for i in range(40)]
+    gallery = TextGallery(tmp_path / "g", pipe)
+    gallery.add(texts[:30])
+    gallery.add([*texts[20:], texts[0]])
+    assert gallery.ids == texts
+    scores = pipe.match(images, texts)
+    for rerank, all_scores, pool in ((0, scores.itc, 40), (None, scores.itm + scores.itc, 40), (8, None, 8)):
+        found = TextGallery(tmp_path / "g", pipe).search(images, k=5, rerank=rerank)
+        for i in range(3):
+            expected = all_scores[i] if all_scores is not None else scores.itm[i] + scores.itc[i]
+            candidates = np.argsort(-scores.itc[i])[:pool]
+            best = np.sort(expected[candidates])[::-1][:5]
+            assert np.abs(found.scores[i] - best).max() < 2e-3 * max(1, np.abs(expected).max())
+            places = [texts.index(text) for text in found.ids[i]]
+            assert np.abs(found.scores[i] - expected[places]).max() < 2e-3 * max(1, np.abs(expected).max())
+    alone = gallery.search(pipe.encode(images[1]), k=100)
+    assert len(alone.ids) == 40
+    assert alone.ids[:5] == gallery.search(images, k=5).ids[1]
+    gallery.remove([alone.ids[0]])
+    assert gallery.search(images[1], k=1).ids == [alone.ids[1]]
+    longest = pipe.manifest.model["qformer"]["max_position_embeddings"]
+    for wrong, message in ((["w1", " "], "text 1 is empty"), (["w1 " * longest], "positions"), ([], "is empty")):
+        with pytest.raises(InputError, match=message):
+            gallery.add(wrong)
+    assert len(gallery) == 39
+    with pytest.raises(EngineError, match="another process or Gallery is writing"):
+        TextGallery(tmp_path / "g", pipe).add("w1 w1")
+    with pytest.raises(EngineError, match=r"is a gallery of texts, not of images: search it by image .*--image FILE"):
+        Gallery(tmp_path / "g", pipe)
