@@ -6,15 +6,19 @@ rows @ queries ──> [n, Q, T, P] ── largest over Q and P ──> cosines 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from .gallery_store import GalleryStore
+from .native.cosines import native_cosines
 
 Array = np.ndarray[Any, Any]
+Compare = Callable[[Array], Array]  # rows [n, Q, E] float16 -> the largest products [n, C] with C queries
+
+BLOCKS = 16  # of a shard, which the cores share
 
 BLOCK_VALUES = 1 << 17  # that a core widens to float32 at a time: they stay in its cache
 # Multiplications of a matrix product up to which OpenBLAS stays on the thread that calls it. Its own threads would wait
@@ -46,25 +50,34 @@ def nearest(store: GalleryStore, queries: Array, k: int) -> tuple[Array, Array]:
 
 def cosines(store: GalleryStore, queries: Array) -> Iterator[tuple[int, Array]]:
     """First row and cosines [n, T] of every shard with queries [T, P, E], dead rows included."""
-    header = store.header
-    assert header is not None, "there is no gallery yet"
     num_queries, num_parts, width = queries.shape
-    per_row = header.shape("itc")[0]  # Q
-    step = max(1, ONE_THREAD // (max(per_row, LEAST_ROWS) * width * num_parts))  # queries a product
-    columns = laid_out(queries.reshape(-1, width)).reshape(width, num_queries, num_parts)
-    starts = range(0, num_queries, step)
-    groups = [np.ascontiguousarray(columns[:, s : s + step].reshape(width, -1)) for s in starts]  # [E, t * P] each
-
-    def compare(half: Array) -> Array:
-        wide = widened(half)  # [n, Q, E]
-        largest = [product(wide, group).max(axis=1) for group in groups]  # [n, t * P]
-        return np.concatenate(largest, axis=1).reshape(len(half), num_queries, num_parts).max(axis=2)  # [n, T]
-
-    block = max(1, BLOCK_VALUES // (per_row * width))  # rows
+    compare = (native_cosines() or numpy_cosines)(queries.reshape(-1, width))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for first, shard in store.shards("itc"):
+            block = -(-len(shard) // BLOCKS)
             blocks = (shard[start : start + block] for start in range(0, len(shard), block))
-            yield first, np.concatenate(list(pool.map(compare, blocks)))
+            found = np.concatenate(list(pool.map(compare, blocks)))  # [n, T * P]
+            yield first, found.reshape(-1, num_queries, num_parts).max(axis=2)
+
+
+def numpy_cosines(queries: Array) -> Compare:
+    """The twin of the native pass."""
+    width = queries.shape[1]
+    columns = laid_out(queries)  # [E, C]
+
+    def compare(half: Array) -> Array:
+        num_rows, per_row, _ = half.shape
+        step = max(1, ONE_THREAD // (max(per_row, LEAST_ROWS) * width))  # queries a product
+        block = max(1, BLOCK_VALUES // (per_row * width))  # rows
+        found = np.empty((num_rows, len(queries)), np.float32)
+        for row in range(0, num_rows, block):
+            wide = widened(half[row : row + block])  # [n, Q, E]
+            for start in range(0, len(queries), step):
+                products = product(wide, columns[:, start : start + step])
+                products.max(axis=1, out=found[row : row + block, start : start + step])
+        return found
+
+    return compare
 
 
 def product(wide: Array, group: Array) -> Array:

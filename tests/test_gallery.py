@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blip2rt import EngineError, Gallery, InputError, Pipeline, TextGallery, gallery_store
-from blip2rt.gallery_scan import laid_out, nearest, widened
+from blip2rt.gallery_scan import laid_out, nearest, numpy_cosines, widened
 from blip2rt.gallery_store import GalleryStore
+from blip2rt.native.cosines import native_cosines
 
 Array = np.ndarray[Any, Any]
 
@@ -63,6 +64,22 @@ def test_every_half_is_widened_exactly(width: int) -> None:
     half = half[: len(half) // width * width].reshape(-1, width)
     picked = widened(half) @ laid_out(np.eye(width, dtype=np.float32))
     assert (picked == half.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("path", ["vnni", "avx2"])
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 70), st.integers(1, 33), st.integers(1, 70), st.integers(1, 70))
+def test_the_native_pass_equals_its_twin(path: str, seed: int, rows: int, per_row: int, width: int, count: int) -> None:
+    """Any sizes; subnormal halves as well; a row alone has the bits that it has among others."""
+    native = native_cosines(path)
+    if native is None:
+        pytest.skip(f"there is no native pass with {path} here")
+    half = (unit((rows, per_row, width), seed) * np.float32(10.0) ** -(seed % 7)).astype(np.float16)
+    queries = unit((count, width), seed + 1)
+    found, expected = native(queries)(half), numpy_cosines(queries)(half)
+    assert found.shape == (rows, count)
+    assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max() + 1e-12
+    assert (native(queries)(half[rows // 2 :]) == found[rows // 2 :]).all()
 
 
 @settings(max_examples=30, deadline=None)

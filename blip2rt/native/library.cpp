@@ -1,10 +1,11 @@
-// What the library shows: the custom operator `blip2rt.QuantizedMatMul` for ONNX Runtime, and two plain functions for
+// What the library shows: the custom operator `blip2rt.QuantizedMatMul` for ONNX Runtime, and plain functions for
 // Python. The operator reads its weights where ONNX Runtime has mapped them: nothing is copied or repacked, so a model
 // loads at once and its pages belong to the file.
 #include <cstdlib>
 #include <exception>
 #include <vector>
 
+#include "cosines.h"
 #include "ort_abi.h"
 #include "quantized_matmul.h"
 
@@ -87,6 +88,16 @@ ort::Status* Kernel::compute(ort::KernelContext* context) const {
     return parallel.status;
 }
 
+blip2rt::Compare find_compare(const Path* path) {
+#ifdef BLIP2RT_X86
+    if (path == &blip2rt::vnni_path) return blip2rt::compare_avx512;
+    if (path == &blip2rt::avx2_path && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return blip2rt::compare_avx2;
+#endif
+    (void)path;
+    return nullptr;
+}
+
 const Path* chosen_path() { return blip2rt::find_path(std::getenv("BLIP2RT_KERNELS")); }
 
 ort::Status* create_kernel(const ort::CustomOp*, const void* const* slots, const ort::KernelInfo* info, void** kernel) {
@@ -156,6 +167,16 @@ BLIP2RT_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, cons
 BLIP2RT_EXPORT const char* blip2rt_path() {
     const Path* path = chosen_path();
     return path ? path->name : nullptr;
+}
+
+// The pass of a search over a gallery, on one thread (cosines.h); 0 on success, 1 where the path has none.
+BLIP2RT_EXPORT int blip2rt_cosines(const char* path_name, const std::uint16_t* half, std::size_t rows,
+                                   std::size_t per_row, std::size_t width, const float* queries, std::size_t count,
+                                   float* out) {
+    const blip2rt::Compare compare = find_compare(blip2rt::find_path(path_name));
+    if (!compare) return 1;
+    if (half) compare({half, rows, per_row, width}, {queries, count}, out);
+    return 0;
 }
 
 // The operator outside a graph, on one thread, for tests: 0 on success, 1 where the path cannot run here.
