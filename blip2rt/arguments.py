@@ -48,6 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(option, type=kind, metavar="VALUE")
 
 
+def add_strip_prefix(parser: argparse.ArgumentParser) -> None:
+    """For commands that write texts."""
+    parser.add_argument(
+        "--strip-prefix", action="append", default=[], metavar="TEXT", help="take it off the beginning of every text"
+    )
+
+
 def add_bulk(parser: argparse.ArgumentParser) -> None:
     """Those of `blip2rt bulk`."""
     parser.add_argument(
@@ -65,9 +72,7 @@ def add_bulk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-column", metavar="NAME", help="column with the picture: its path, or its bytes")
     parser.add_argument("--id-column", metavar="NAME", help="column that names a row (default: 'id', else the picture)")
     parser.add_argument("--extension", default=".txt", help="of sidecar files (default: .txt)")
-    parser.add_argument(
-        "--strip-prefix", action="append", default=[], metavar="TEXT", help="take it off the beginning of every text"
-    )
+    add_strip_prefix(parser)
     parser.add_argument("--workers", type=int, help="processes that decode (default: one for two cores)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"(default: {BATCH_SIZE})")
     parser.add_argument("--force", action="store_true", help="throw away an output that is there, and begin anew")

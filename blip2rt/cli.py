@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import add_bulk, add_engine, add_options, add_parts, add_serve, add_sizes
+from .arguments import add_bulk, add_engine, add_options, add_parts, add_serve, add_sizes, add_strip_prefix
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError
@@ -80,7 +80,7 @@ def caption(arguments: argparse.Namespace) -> int:
     return _write_results(
         arguments,
         CAPTION_DEFAULTS,
-        lambda pipe, images, options: pipe.caption(images, arguments.prompt, options=options),
+        lambda pipe, images, **keywords: pipe.caption(images, arguments.prompt, **keywords),
     )
 
 
@@ -89,7 +89,7 @@ def answer(arguments: argparse.Namespace) -> int:
     return _write_results(
         arguments,
         ANSWER_DEFAULTS,
-        lambda pipe, images, options: pipe.answer(images, arguments.question, options=options),
+        lambda pipe, images, **keywords: pipe.answer(images, arguments.question, **keywords),
     )
 
 
@@ -98,7 +98,7 @@ def generate(arguments: argparse.Namespace) -> int:
     return _write_results(
         arguments,
         GENERATE_DEFAULTS,
-        lambda pipe, images, options: pipe.generate(images, arguments.prompt, options=options),
+        lambda pipe, images, **keywords: pipe.generate(images, arguments.prompt, **keywords),
     )
 
 
@@ -204,7 +204,7 @@ def _source(arguments: argparse.Namespace, model: Any) -> Any:
 def _write_results(
     arguments: argparse.Namespace,
     defaults: Mapping[str, Any],
-    run: Callable[[Pipeline, list[Any], GenerationOptions], list[Generation]],
+    run: Callable[..., list[Generation]],
 ) -> int:
     """Run pictures in batches; a bad one becomes a row with its error, and the others go on."""
     options = _options(arguments)
@@ -216,7 +216,8 @@ def _write_results(
         paths = arguments.images[start : start + BATCH_SIZE]
         prepared = [_preprocess(pipe, path) for path in paths]
         readable = [pixels for pixels in prepared if not isinstance(pixels, ImageError)]
-        results = iter(run(pipe, readable, options) if readable else [])
+        keywords = {"options": options, "strip_prefix": arguments.strip_prefix}
+        results = iter(run(pipe, readable, **keywords) if readable else [])
         for path, pixels in zip(paths, prepared, strict=True):
             error = pixels if isinstance(pixels, ImageError) else None
             _write_row(path, None if error else next(results), error, arguments.json)
@@ -308,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("--question", required=True)
         else:
             added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
+        add_strip_prefix(added)
         add_options(added)
     add_bulk(command(bulk))
     add_serve(command(serve))

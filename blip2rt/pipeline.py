@@ -23,6 +23,7 @@ from .generative import GenerativeEngine, Kind, Prompt
 from .inputs import BATCH_SIZE, as_list, in_batches, is_list
 from .manifest import GENERATIVE, RETRIEVAL
 from .options import GenerationOptions, ResolvedOptions, resolve_options
+from .prefixes import without_prefix
 from .preprocess import ImageSource, preprocess
 from .progress import progress
 from .results import Answer, Caption, Generation, ImageFeatures, MatchScores
@@ -145,6 +146,11 @@ class Pipeline:
         return in_batches(images, first_index, engine.preprocess, engine.see, engine.checked_features)
 
     @property
+    def has_retrieval(self) -> bool:
+        """Whether a retrieval engine is open."""
+        return self._retrieval is not None
+
+    @property
     def retrieval_engine(self) -> RetrievalEngine:
         """The retrieval engine; EngineError where none is open."""
         if self._retrieval is None:
@@ -170,13 +176,15 @@ class Pipeline:
         prompt: str | Sequence[str] = CAPTION_PROMPT,
         *,
         rerank: str | None = None,
+        strip_prefix: str | Sequence[str] = (),
         options: GenerationOptions | None = None,
         **keywords: Any,
     ) -> Any:
         """Caption: by default 5 beams and at most 30 tokens after "a photo of". Returns `Caption` or a list of them.
 
         With rerank="itm" and a retrieval engine beside, all sequences that are found (by default as many as beams) are
-        ordered by how well ITM finds that they match the image.
+        ordered by how well ITM finds that they match the image. `strip_prefix`, one text or several, is taken off the
+        beginning of the texts, whatever its case.
 
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.
@@ -184,7 +192,8 @@ class Pipeline:
         """
         resolved = resolve_options(CAPTION_DEFAULTS, options, keywords)
         if rerank is None:
-            return self._generate(Caption, images, self._prompts(images, prompt, resolved), resolved)
+            captions = self._generate(Caption, images, self._prompts(images, prompt, resolved), resolved)
+            return without_prefix(captions, strip_prefix)
         if rerank != "itm":
             raise InputError(f"rerank must be 'itm' or None, not {rerank!r}")
         engine = self.retrieval_engine
@@ -192,7 +201,7 @@ class Pipeline:
         if resolved.num_return_sequences == 1:
             resolved = replace(resolved, num_return_sequences=resolved.num_beams)
         features = self.encode(as_list(images))
-        captions = self._generate(Caption, features, prompts, resolved)
+        captions = without_prefix(self._generate(Caption, features, prompts, resolved), strip_prefix)
         captions = engine.rerank([engine.checked_features(f) for f in features], captions)
         return captions if is_list(images) else captions[0]
 
@@ -202,6 +211,7 @@ class Pipeline:
         question: str | Sequence[str],
         *,
         candidates: Sequence[str] | None = None,
+        strip_prefix: str | Sequence[str] = (),
         options: GenerationOptions | None = None,
         **keywords: Any,
     ) -> Any:
@@ -215,11 +225,12 @@ class Pipeline:
             InputError: wrong images (`ImageError`), questions, candidates or options.
         """
         resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
-        if candidates is not None and (options is not None or keywords):
-            given = "options" if options is not None else next(iter(keywords))
+        if candidates is not None and (options is not None or keywords or strip_prefix):
+            given = "options" if options is not None else next(iter(keywords), "strip_prefix")
             raise InputError(f"{given}= has no effect with candidates=, which are ranked and not generated")
         if candidates is None:
-            return self._generate(Answer, images, self._prompts(images, question, resolved, is_question=True), resolved)
+            prompts = self._prompts(images, question, resolved, is_question=True)
+            return without_prefix(self._generate(Answer, images, prompts, resolved), strip_prefix)
         tokenizer = self.generative_engine.tokenizer
         ids = [tokenizer.encode_answer(text) for text in checked_candidates(candidates)]
         rows = min(CANDIDATE_ROWS, len(ids))
@@ -234,6 +245,7 @@ class Pipeline:
         images: Any,
         prompt: str | Sequence[str],
         *,
+        strip_prefix: str | Sequence[str] = (),
         options: GenerationOptions | None = None,
         **keywords: Any,
     ) -> Any:
@@ -243,7 +255,8 @@ class Pipeline:
             InputError: wrong images (`ImageError`), prompts or options.
         """
         resolved = resolve_options(GENERATE_DEFAULTS, options, keywords)
-        return self._generate(Generation, images, self._prompts(images, prompt, resolved), resolved)
+        results = self._generate(Generation, images, self._prompts(images, prompt, resolved), resolved)
+        return without_prefix(results, strip_prefix)
 
     def stream(
         self, image: Image, prompt: str = CAPTION_PROMPT, *, options: GenerationOptions | None = None, **keywords: Any

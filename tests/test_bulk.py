@@ -24,7 +24,7 @@ from blip2rt.bulk import run as bulk_run
 from blip2rt.bulk import sinks
 from blip2rt.bulk.decoding import Decoders
 from blip2rt.bulk.journal import Journal
-from blip2rt.bulk.run import BulkJob, BulkReport, run_bulk, strip_prefix
+from blip2rt.bulk.run import BulkJob, BulkReport, run_bulk
 from blip2rt.bulk.sources import Columns, Source
 from blip2rt.bulk.webdataset import expand_shards, tar_member
 from blip2rt.cli import main
@@ -506,21 +506,6 @@ def test_a_damaged_shard(sources: dict[str, str], bulk: Callable[..., BulkReport
     with pytest.raises(Blip2rtError, match="status 3"):
         bulk(f"pipe:cat {tmp_path / '0.tar'}; exit 3", tmp_path / "pipe.jsonl")
     assert len(read_texts(tmp_path / "pipe.jsonl", "jsonl")) == 9  # the last sample may not have been whole
-
-
-@pytest.mark.parametrize(
-    ("text", "prefixes", "expected"),
-    [
-        ("a painting of a cat", ["a painting of"], "a cat"),
-        ("A Photo Of a cat", ["a photo of ", "a"], "a cat"),
-        ("apple", ["a"], "apple"),
-        ("a", ["a"], ""),
-        ("a, b", ["a,"], "b"),
-        ("cat", ["", "dog"], "cat"),
-    ],
-)
-def test_strip_prefix(text: str, prefixes: list[str], expected: str) -> None:
-    assert strip_prefix(text, prefixes) == expected
 
 
 def test_command(

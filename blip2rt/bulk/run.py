@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -262,24 +263,27 @@ class _Run:
         texts = [self.text if self.text is not None else entry.item.text for entry in readable]
         if not readable:
             return [None] * len(batch)
-        call = getattr(self.pipe, self.job.task)
+        call = partial(
+            getattr(self.pipe, self.job.task), options=self.job.options, strip_prefix=self.job.strip_prefixes
+        )
         results: list[Generation | None]
         try:
-            results = call(features, texts, options=self.job.options)
+            results = call(features, texts)
         except InputError:
             if self.text is not None:
                 raise
-            results = [self._generate_one(*one) for one in zip(readable, features, texts, strict=True)]
+            results = [self._generate_one(call, *one) for one in zip(readable, features, texts, strict=True)]
         found = {id(entry): result for entry, result in zip(readable, results, strict=True)}
         return [found.get(id(entry)) for entry in batch]
 
-    def _generate_one(self, entry: _Entry, features: Any, text: Any) -> Generation | None:
+    def _generate_one(
+        self, call: Callable[..., Generation], entry: _Entry, features: Any, text: Any
+    ) -> Generation | None:
         try:
-            result: Generation = getattr(self.pipe, self.job.task)(features, text, options=self.job.options)
+            return call(features, text)
         except InputError as error:
             entry.error = str(error)
             return None
-        return result
 
     def _write(self, batch: list[_Entry], results: list[Generation | None]) -> None:
         for entry, result in zip(batch, results, strict=True):
@@ -298,10 +302,9 @@ class _Run:
         return {"id": item.id, **text, **self._columns_of(result), "alternatives": others}
 
     def _columns_of(self, result: Generation) -> Row:
-        row = {
+        return {
             name: getattr(result, name) for name in ("text", "score", "finish_reason", "token_ids", "token_logprobs")
         }
-        return row | {"text": strip_prefix(result.text, self.job.strip_prefixes)}
 
     def _commit(self) -> None:
         self.sink.sync()
@@ -311,15 +314,6 @@ class _Run:
         self._answered.clear()
         self._failed.clear()
         self._committed = monotonic()
-
-
-def strip_prefix(text: str, prefixes: Sequence[str]) -> str:
-    """`text` without the longest of `prefixes` that it begins with, as a whole word, whatever its case."""
-    for prefix in sorted((p.strip() for p in prefixes), key=len, reverse=True):
-        rest = text[len(prefix) :]
-        if prefix and text.lower().startswith(prefix.lower()) and not (prefix[-1].isalnum() and rest[:1].isalnum()):
-            return rest.strip()
-    return text
 
 
 def _text_and_columns(job: BulkJob) -> tuple[str | None, Columns]:
