@@ -15,7 +15,7 @@ from typing import Any
 from .data import CaptionItem, Question, read_captions, read_questions
 from .errors import InputError
 from .evaluate_retrieval import evaluate_retrieval
-from .evaluation import score_captions, vqa_table
+from .evaluate_scores import Scores, score
 from .inputs import BATCH_SIZE
 from .pipeline import Pipeline
 from .presets import RETRIEVE, VQA, Preset
@@ -32,6 +32,7 @@ class Report:
     found: dict[str, float]
     published: dict[str, float]
     not_scored: dict[str, str]
+    by_question_type: dict[str, float]  # VQA: accuracy; in table.json only
     differs: list[str]  # how the engine differs from what the preset asks for, where the caller insisted
 
     def __str__(self) -> str:
@@ -59,28 +60,37 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
         InputError: the engine does not fit the preset (it names the export command), the data set is not whole, or
             `output` holds another run.
     """
-    manifest = pipe.retrieval_engine.manifest if preset.task == RETRIEVE else pipe.manifest
+    manifest = pipe.manifest
+    if preset.task == RETRIEVE and pipe.has_retrieval:
+        manifest = pipe.retrieval_engine.manifest
     differs = preset.problems(manifest)
-    if differs and not any_engine:
+    if differs and (not any_engine or manifest.kind != preset.kind):
         raise InputError(
             f"{pipe.directory} is not the engine of {preset.name}: {'; '.join(differs)}. Make it with "
-            f"`{preset.export_command()}`, or pass --any-engine"
+            f"`{preset.export_command()}`" + (", or pass --any-engine" if manifest.kind == preset.kind else "")
         )
     items: Sequence[CaptionItem | Question]
     if preset.task == VQA:
-        items = read_questions(data, preset.data_set)
+        items = read_questions(data, preset.data_set, preset.split)
     else:
         items = read_captions(data, preset.data_set, preset.split)
     _claim(output, {"preset": asdict(preset), "model_sha256": manifest.source_sha256, "items": len(items)})
-    not_scored: dict[str, str] = {}
     if preset.task == RETRIEVE:
         pictures = [item for item in items if isinstance(item, CaptionItem)]
-        found = evaluate_retrieval(pipe, pictures, output, preset.candidates, preset.text_length)
+        scores = Scores(evaluate_retrieval(pipe, pictures, output, preset))
     else:
-        predictions = _predict(preset, pipe, items, output / "predictions.jsonl")
-        found, not_scored, submission = _score(preset, items, predictions)
-        _write(output / "submission.json", submission)
-    report = Report(preset.name, preset.source, len(items), found, preset.published, not_scored, differs)
+        scores = score(preset, items, _predict(preset, pipe, items, output / "predictions.jsonl"))
+        _write(output / "submission.json", scores.submission)
+    report = Report(
+        preset.name,
+        preset.source,
+        len(items),
+        scores.found,
+        preset.published,
+        scores.not_scored,
+        scores.by_question_type,
+        differs,
+    )
     _write(output / "table.json", asdict(report))
     return report
 
@@ -93,7 +103,7 @@ def _claim(output: Path, run: dict[str, Any]) -> None:
     if path.exists():
         if json.loads(path.read_text("utf-8")) != run:
             raise InputError(f"{output} holds another run (another preset, model or data set): choose another --output")
-    elif any(output.iterdir()):
+    elif any(file.name != _new(path).name for file in output.iterdir()):
         raise InputError(f"{output} holds files of something else: choose another --output")
     else:
         _write(path, run)
@@ -110,7 +120,7 @@ def _predict(
     with path.open("a", encoding="utf-8") as stream:
         for start in range(0, len(left), BATCH_SIZE):
             batch = left[start : start + BATCH_SIZE]
-            prompts = [preset.ask(i.question) if isinstance(i, Question) else preset.prompt for i in batch]
+            prompts = [_prompt(preset, pipe, item) for item in batch]
             results = pipe.generate([item.path for item in batch], prompts, options=preset.options)
             for item, result in zip(batch, results, strict=True):
                 done[item.id] = result.text
@@ -137,30 +147,19 @@ def _read_predictions(path: Path) -> Iterator[tuple[int | str, str]]:
     os.truncate(path, whole)
 
 
-def _score(
-    preset: Preset, items: Sequence[CaptionItem | Question], texts: dict[int | str, str]
-) -> tuple[dict[str, float], dict[str, str], list[dict[str, Any]]]:
-    """Scores in percent, why others are missing, and the submission in the official format."""
-    if preset.task == VQA:
-        questions = [item for item in items if isinstance(item, Question)]
-        submission = [{"question_id": q.id, "answer": texts[q.id]} for q in questions]
-        if preset.data_set == "gqa":
-            right = [texts[q.id].strip().lower() == q.answers[0] for q in questions]
-            return {"accuracy": round(100 * sum(right) / len(right), 2)}, {}, submission
-        rows = [{**asdict(q), "answers": list(q.answers), "prediction": texts[q.id]} for q in questions]
-        table = vqa_table(rows, preset.rule)
-        found = {"accuracy": table["overall"]} | {f"accuracy, {k}": v for k, v in table["perAnswerType"].items()}
-        return found, {}, submission
-    pictures = [item for item in items if isinstance(item, CaptionItem)]
-    submission = [{"image_id": picture.id, "caption": texts[picture.id]} for picture in pictures]
-    scored = score_captions(
-        {picture.id: texts[picture.id] for picture in pictures}, {picture.id: picture.captions for picture in pictures}
+def _prompt(preset: Preset, pipe: Pipeline, item: CaptionItem | Question) -> str:
+    prompt = preset.ask(item.question) if isinstance(item, Question) else preset.prompt
+    return (
+        prompt if preset.prompt_tokens is None else pipe.generative_engine.tokenizer.cut(prompt, preset.prompt_tokens)
     )
-    return {name: round(100 * value, 2) for name, value in scored.scores.items()}, scored.not_scored, submission
 
 
 def _write(path: Path, content: Any) -> None:
     """In one step, so that a kill leaves no half of it."""
-    new = path.with_name(f".{path.name}.new")
+    new = _new(path)
     new.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
     os.replace(new, path)
+
+
+def _new(path: Path) -> Path:
+    return path.with_name(f".{path.name}.new")

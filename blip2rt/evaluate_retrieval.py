@@ -13,29 +13,28 @@ from typing import Any
 import numpy as np
 
 from .data import CaptionItem
+from .data.cleaning import clean_caption
 from .evaluation import retrieval_table
 from .evaluation.recall import NOT_RANKED
 from .gallery import Gallery
 from .gallery_base import ADD_BATCH
 from .gallery_scan import top
 from .pipeline import Pipeline
+from .presets import Preset
 from .progress import Progress
 from .retrieval import RetrievalEngine
 
 Array = np.ndarray[Any, Any]
 
 
-def evaluate_retrieval(
-    pipe: Pipeline, items: Sequence[CaptionItem], output: Path, candidates: int, text_length: int
-) -> dict[str, float]:
+def evaluate_retrieval(pipe: Pipeline, items: Sequence[CaptionItem], output: Path, preset: Preset) -> dict[str, float]:
     """Recall in percent, by the names of `retrieval_table`.
 
     Args:
         pipe: with a retrieval engine.
         items: pictures with their captions.
         output: folder of the run.
-        candidates: that ITM looks at for each query.
-        text_length: tokens that texts are cut to.
+        preset: how captions are cleaned and cut, and how many candidates ITM looks at for each query.
     """
     engine = pipe.retrieval_engine
     with Gallery(output / "gallery", pipe) as gallery:
@@ -44,12 +43,13 @@ def evaluate_retrieval(
         for start in range(0, len(left), ADD_BATCH):
             batch = left[start : start + ADD_BATCH]
             gallery.add([item.path for item in batch], [item.id for item in batch])
-        ids = _cut(engine.token_ids([text for item in items for text in item.captions]), text_length)
+        captions = [clean_caption(text, preset.style) for item in items for text in item.captions]
+        ids = _cut(engine.token_ids(captions), preset.text_length)
         image_of_text = [image for image, item in enumerate(items) for _ in item.captions]
         itc = gallery.cosines(engine.embed(ids), [item.id for item in items])  # [I, T]
         i2t, t2i = np.full(itc.shape, NOT_RANKED, np.float32), np.full(itc.T.shape, NOT_RANKED, np.float32)
-        texts_of = top(itc, min(candidates, len(ids)))[1]
-        images_of = top(np.ascontiguousarray(itc.T), min(candidates, len(items)))[1]
+        texts_of = top(itc, min(preset.candidates, len(ids)))[1]
+        images_of = top(np.ascontiguousarray(itc.T), min(preset.candidates, len(items)))[1]
         wanted: list[set[int]] = [set(texts) for texts in texts_of.tolist()]
         for text, images in enumerate(images_of.tolist()):
             for image in images:

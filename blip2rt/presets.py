@@ -5,10 +5,10 @@ lengths and penalties are those of the source; `rules="lavis"` because all of th
 """
 
 import difflib
-import string
 from dataclasses import dataclass, field
 from typing import Any
 
+from .data.cleaning import clean_question
 from .errors import InputError
 from .manifest import GENERATIVE, RETRIEVAL, Manifest
 from .options import GenerationOptions
@@ -32,7 +32,9 @@ class Preset:
     prompt: str = ""
     options: GenerationOptions = field(default_factory=GenerationOptions)
     rule: str = "official"  # of VQA accuracy
-    cleans_questions: bool = False  # mmpretrain takes all punctuation out, LAVIS leaves it in
+    style: str = "lavis"  # whose clean-up questions and captions go through: "lavis" or "mmpretrain"
+    prompt_tokens: int | None = None  # a prompt is cut to as many, its BOS included; None: never
+    lemmatizes: bool = False  # answers are lemmatised before they are scored
     vision_layers: int | None = None  # None: all
     candidates: int = 128  # that ITM looks at
     text_length: int = 35  # tokens that retrieval texts are cut to
@@ -85,9 +87,7 @@ class Preset:
 
     def ask(self, question: str) -> str:
         """The prompt of a question."""
-        if self.cleans_questions:
-            question = " ".join(question.translate(str.maketrans("", "", string.punctuation)).lower().split())
-        return self.prompt.format(question)
+        return self.prompt.format(clean_question(question, self.style))
 
 
 LANGUAGE_MODELS = {
@@ -98,6 +98,7 @@ LANGUAGE_MODELS = {
 }
 WIDTHS = {"opt-2.7b": "opt-2560", "opt-6.7b": "opt-4096", "flan-t5-xxl": "t5-4096", "flan-t5-xl": "t5-2048"}
 VISION = {False: "eva_vit_g.pth", True: "clip_vit_L.pth"}
+OPT_PROMPT_TOKENS = 32  # LAVIS's max_txt_len: a longer question loses its "Answer:"; with T5 it cuts nothing
 OPT_QUESTION, T5_QUESTION = "Question: {} Answer:", "Question: {} Short answer:"
 
 
@@ -112,30 +113,33 @@ def _file(model: str) -> str:
 
 
 def _paper_vqa() -> list[Preset]:
-    """Zero-shot VQA: table 2."""
+    """Zero-shot VQA: table 2. The answers of VQAv2's test-dev are not public: its rows give a submission."""
     numbers = {
-        "opt-2.7b-vitl": (50.1, 30.2, 33.9),
-        "opt-2.7b": (53.5, 31.7, 34.6),
-        "opt-6.7b": (54.3, 36.4, 36.4),
-        "flan-t5-xl-vitl": (62.6, 39.4, 44.4),
-        "flan-t5-xl": (63.1, 40.7, 44.2),
-        "flan-t5-xxl": (65.2, 45.9, 44.7),
+        "opt-2.7b-vitl": (50.1, 49.7, 30.2, 33.9),
+        "opt-2.7b": (53.5, 52.3, 31.7, 34.6),
+        "opt-6.7b": (54.3, 52.6, 36.4, 36.4),
+        "flan-t5-xl-vitl": (62.6, 62.3, 39.4, 44.4),
+        "flan-t5-xl": (63.1, 63.0, 40.7, 44.2),
+        "flan-t5-xxl": (65.2, 65.0, 45.9, 44.7),
     }
+    tables = (("vqav2", "val"), ("vqav2", "testdev"), ("okvqa", "val"), ("gqa", "testdev"))
     return [
         Preset(
-            name=f"paper-{data_set}-{model}",
+            name=f"paper-{data_set}{'-testdev' if (data_set, split) == tables[1] else ''}-{model}",
             task=VQA,
             data_set=data_set,
-            split="testdev" if data_set == "gqa" else "val",
+            split=split,
             config=f"blip2-{model}",
             checkpoint=_file(model),
             source=f"{PAPER}, table 2",
             published={"accuracy": number},
             prompt=OPT_QUESTION if "opt" in model else T5_QUESTION,
             options=_options(max_new_tokens=10, length_penalty=-1.0),
+            prompt_tokens=OPT_PROMPT_TOKENS if "opt" in model else None,
+            lemmatizes=data_set == "okvqa",
         )
         for model, row in numbers.items()
-        for data_set, number in zip(("vqav2", "okvqa", "gqa"), row, strict=True)
+        for (data_set, split), number in zip(tables, row, strict=True)
     ]
 
 
@@ -188,20 +192,64 @@ def _paper_retrieval() -> list[Preset]:
     ]
 
 
+def _lavis() -> list[Preset]:
+    """What the headers of LAVIS's evaluation configurations say that they gave."""
+    vqa = {
+        "vqav2-opt-2.7b": ({"accuracy": 51.88}, "vqav2_zeroshot_opt_eval"),
+        "vqav2-flan-t5-xl": (
+            {"accuracy": 63.13, "accuracy, yes/no": 84.28, "accuracy, number": 41.01, "accuracy, other": 52.90},
+            "vqav2_zeroshot_flant5xl_eval",
+        ),
+        "okvqa-flan-t5-xl": ({"accuracy": 41.22}, "okvqa_zeroshot_flant5xl_eval"),
+        "gqa-flan-t5-xl": ({"accuracy": 43.98}, "gqa_zeroshot_flant5xl_eval"),
+    }
+    captions = {
+        "opt-2.7b": {
+            "Bleu_1": 83.2, "Bleu_2": 69.1, "Bleu_3": 55.6, "Bleu_4": 43.8, "METEOR": 31.7, "ROUGE_L": 62.0,
+            "CIDEr": 146.1, "SPICE": 25.2,
+        },
+        "opt-6.7b": {"Bleu_4": 43.4, "CIDEr": 145.1, "SPICE": 25.1},
+    }  # fmt: skip
+    presets = [
+        Preset(
+            name=f"lavis-coco-caption-{model}",
+            task=CAPTION,
+            data_set="coco",
+            split="test",
+            config=f"blip2-{model}-364",
+            checkpoint=_file(model).replace("pretrained", "caption"),
+            source=f"LAVIS, caption_coco_{model.replace('-', '')}_eval.yaml (its header)",
+            published=published,
+            prompt="a photo of",
+            options=_options(max_new_tokens=29, min_new_tokens=7),  # max_len 30, min_len 8, the start token counts
+        )
+        for model, published in captions.items()
+    ]
+    for name, (published, file) in vqa.items():
+        data_set, _, model = name.partition("-")
+        is_opt = "opt" in model
+        presets.append(
+            Preset(
+                name=f"lavis-{name}",
+                task=VQA,
+                data_set=data_set,
+                split="testdev" if data_set == "gqa" else "val",
+                config=f"blip2-{model}",
+                checkpoint=_file(model),
+                source=f"LAVIS, {file}.yaml (its header)",
+                published=published,
+                prompt=T5_QUESTION,
+                options=_options(max_new_tokens=10, length_penalty=0.0 if is_opt else -1.0),
+                rule="lavis",
+                prompt_tokens=OPT_PROMPT_TOKENS if is_opt else None,
+                lemmatizes=data_set == "okvqa",
+            )
+        )
+    return presets
+
+
 MMPRETRAIN = "mmpretrain, configs/blip2 (its README and metafile)"
-OTHERS = [
-    Preset(
-        name="lavis-vqav2-opt-2.7b",
-        task=VQA, data_set="vqav2", split="val", config="blip2-opt-2.7b", checkpoint=_file("opt-2.7b"),
-        source="LAVIS, vqav2_zeroshot_opt_eval.yaml (its header)", published={"accuracy": 51.88},
-        prompt=T5_QUESTION, options=_options(max_new_tokens=9, length_penalty=0.0), rule="lavis",
-    ),
-    Preset(
-        name="lavis-vqav2-flan-t5-xl",
-        task=VQA, data_set="vqav2", split="val", config="blip2-flan-t5-xl", checkpoint=_file("flan-t5-xl"),
-        source="LAVIS, vqav2_zeroshot_flant5xl_eval.yaml (its header)", published={"accuracy": 63.13},
-        prompt=T5_QUESTION, options=_options(max_new_tokens=10, length_penalty=-1.0), rule="lavis",
-    ),
+MMPRETRAIN_ROWS = [
     Preset(
         name="mmpretrain-caption-opt-2.7b",
         task=CAPTION, data_set="coco", split="val", config="blip2-opt-2.7b-364", vision_layers=38,
@@ -213,15 +261,16 @@ OTHERS = [
         task=VQA, data_set="vqav2", split="val", config="blip2-opt-2.7b", vision_layers=38,
         checkpoint="blip2-opt2.7b_3rdparty-zeroshot_vqa.pth", source=MMPRETRAIN, published={"accuracy": 53.50},
         prompt=OPT_QUESTION, options=_options(max_new_tokens=10, length_penalty=-1.0), rule="mmpretrain",
-        cleans_questions=True,
+        style="mmpretrain",
     ),
     Preset(
         name="mmpretrain-coco-retrieval",
         task=RETRIEVE, data_set="coco", split="val", config="blip2-364",
         checkpoint="blip2_3rdparty_retrieval.pth", source=MMPRETRAIN, published={"txt_r1": 85.40, "img_r1": 68.30},
+        style="mmpretrain",
     ),
 ]  # fmt: skip
-PRESETS = {p.name: p for p in (*_paper_vqa(), *_paper_captions(), *_paper_retrieval(), *OTHERS)}
+PRESETS = {p.name: p for p in (*_paper_vqa(), *_paper_captions(), *_paper_retrieval(), *_lavis(), *MMPRETRAIN_ROWS)}
 
 
 def find_preset(name: str) -> Preset:

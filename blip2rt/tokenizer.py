@@ -72,6 +72,15 @@ class Tokenizer(_TokenizerFile):
             raise InputError(f"the prompt {prompt!r} holds the placeholder of the image, which blip2rt puts in itself")
         return ids if self.for_encoder else [self.tokens.bos, *ids]
 
+    def cut(self, prompt: str, length: int) -> str:
+        """The prompt, or what is left of it when only `length` of its tokens, BOS included, may stay.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        ids = self.encode(prompt)
+        return prompt if len(ids) <= length else self.decode(ids[:length])
+
     def encode_answer(self, text: str) -> list[int]:
         """An answer -> the ids that a model would generate for it, without the stop token.
 

@@ -1,19 +1,29 @@
 """Presets over miniature data sets in the published layouts: interrupted or not, the same table and submission."""
 
 import json
+import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from blip2rt import InputError, Pipeline, evaluate, inference_model
+from blip2rt import InputError, Pipeline, evaluate, evaluate_scores, inference_model
+from blip2rt.cli import main
 from blip2rt.data import read_captions, read_questions
-from blip2rt.evaluation import retrieval_table
+from blip2rt.data.cleaning import clean_caption, clean_question
+from blip2rt.evaluate_scores import score
+from blip2rt.evaluation import CaptionScores, retrieval_table
 from blip2rt.manifest import Manifest
 from blip2rt.model import named_configs
 from blip2rt.model.config import Blip2Config, RetrievalConfig
@@ -33,13 +43,16 @@ def write_pictures(folder: Path, names: Sequence[str]) -> None:
 @pytest.fixture
 def vqa(tmp_path: Path) -> Path:
     """VQAv2 in miniature: 21 questions about 7 pictures."""
-    folder = tmp_path / "vqa"
+    return write_vqa(tmp_path / "vqa", 21)
+
+
+def write_vqa(folder: Path, count: int) -> Path:
     write_pictures(folder, [f"val2014/COCO_val2014_{i:012}.jpg" for i in range(7)])
-    questions = [{"question_id": 10 * i, "image_id": i % 7, "question": f"w{i} w{i + 1}?"} for i in range(21)]
+    questions = [{"question_id": 10 * i, "image_id": i % 7, "question": f"w{i} w{i + 1}?"} for i in range(count)]
     annotations = [
         {
             "question_id": q["question_id"],
-            "question_type": "what",
+            "question_type": "what" if i % 3 else "is the",
             "answer_type": "other" if i % 2 else "number",
             "answers": [{"answer": f"w{(i + n) % 5}", "answer_id": n} for n in range(10)],
         }
@@ -53,18 +66,21 @@ def vqa(tmp_path: Path) -> Path:
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
     """COCO in Karpathy's split in miniature: 5 test pictures, and one of another split that is not there."""
-    folder = tmp_path / "coco"
+    return write_coco(tmp_path / "coco", 5)
+
+
+def write_coco(folder: Path, count: int) -> Path:
     images = [
         {
-            "split": "test" if i < 5 else "train",
+            "split": "test" if i < count else "train",
             "filepath": "val2014",
             "filename": f"COCO_val2014_{i:012}.jpg",
             "cocoid": i,
             "sentences": [{"raw": f"w{i} w{n} w{i + n}"} for n in range(2)],
         }
-        for i in range(6)
+        for i in range(count + 1)
     ]
-    write_pictures(folder, [f"val2014/{image['filename']}" for image in images[:5]])
+    write_pictures(folder, [f"val2014/{image['filename']}" for image in images[:count]])
     (folder / "dataset_coco.json").write_text(json.dumps({"images": images}))
     return folder
 
@@ -74,6 +90,38 @@ def run(preset: Preset, pipe: Pipeline, data: Path, output: Path) -> tuple[Any, 
     evaluate.evaluate(preset, pipe, data, output, any_engine=True)
     submission = output / "submission.json"
     return json.loads((output / "table.json").read_text()), submission.exists() and submission.read_bytes()
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_five_kills(task: str, tmp_path: Path, tiny_engine: Path, tiny_retrieval_engine: Path) -> None:
+    """`blip2rt eval`, killed with SIGKILL at five drawn moments: the table and submission of a straight run."""
+    if task == "vqa":
+        data, preset, engine = write_vqa(tmp_path / "data", 300), "paper-vqav2-opt-2.7b", tiny_engine
+        work, total = "predictions.jsonl", 300
+    else:
+        data, preset, engine = write_coco(tmp_path / "data", 150), "paper-coco-retrieval", tiny_retrieval_engine
+        work, total = "itm.jsonl", 150
+    command = [sys.executable, "-m", "blip2rt", "eval", preset, "--data", str(data), "--engine", str(engine)]
+    command += ["--any-engine", "--threads", "1", "--json", "--output"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    expected = subprocess.run([*command, str(straight)], check=True, stdout=subprocess.PIPE).stdout
+    draw = random.Random(0)
+    for kill in range(5):
+        process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = 0 if kill == 0 else draw.randint(kill * total // 7, (kill + 1) * total // 7)
+        file = killed / "run.json" if wanted == 0 else killed / work
+        while process.poll() is None and (not file.exists() or file.read_bytes().count(b"\n") < wanted):
+            time.sleep(0.002)
+        time.sleep(draw.random() * 0.02)
+        assert process.poll() is None, "it was done before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (killed / "table.json").exists()
+    assert 0 < (killed / work).read_bytes().count(b"\n") < total
+    assert subprocess.run([*command, str(killed)], check=True, stdout=subprocess.PIPE).stdout == expected
+    for name in ("table.json", work, *(["submission.json"] if task == "vqa" else [])):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes()
+    assert json.loads(expected) == json.loads((killed / "table.json").read_text())
 
 
 def test_a_killed_run_goes_on(
@@ -106,6 +154,7 @@ def test_a_killed_run_goes_on(
     assert [row["question_id"] for row in submission] == [10 * i for i in range(21)]
     assert expected[0]["published"] == {"accuracy": 53.5}
     assert set(expected[0]["found"]) == {"accuracy", "accuracy, number", "accuracy, other"}
+    assert set(expected[0]["by_question_type"]) == {"what", "is the"}
     with pytest.raises(InputError, match="holds another run"):
         run(replace(preset, rule="lavis"), tiny_pipeline, vqa, tmp_path / "killed")
 
@@ -145,6 +194,43 @@ def test_an_engine_that_does_not_fit(tiny_pipeline: Pipeline, vqa: Path, tmp_pat
         find_preset("paper-vqa-opt-2.7b")
 
 
+def test_eval_command(
+    tiny_engine: Path,
+    tiny_retrieval_engine: Path,
+    vqa: Path,
+    coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is wrong is said before anything is computed, with the command that mends it."""
+    command = ["eval", "paper-vqav2-opt-2.7b", "--data", str(vqa), "--output", str(tmp_path / "run")]
+    engine = ["--engine", str(tiny_engine)]
+    for changed, message in (
+        ([], "Make it with `blip2rt export --model blip2_pretrained_opt2.7b.pth --config blip2-opt-2.7b --vision"),
+        (
+            ["--engine", str(tiny_retrieval_engine), "--any-engine"],
+            "it is a retrieval engine, not a generative one.",
+        ),
+        (["--any-engine", "--data", str(coco)], "holds no questions of vqav2: put v2_OpenEnded_mscoco_val2014_quest"),
+        (["--any-engine", "--output", str(coco)], "holds files of something else: choose another --output"),
+    ):
+        assert main([*command, *engine, *changed]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["eval", "paper-coco-retrieval", "--data", str(coco), *engine, "--any-engine"]) == 2
+    assert "not a retrieval one. Make it with `blip2rt export --model blip2_finetune_coco.pth --config blip2-364" in (
+        capsys.readouterr().err
+    )
+    assert main(["eval", "paper-vqav2-opt27b", "--data", str(coco), *engine]) == 2
+    assert "did you mean 'paper-vqav2-opt-2.7b'?" in capsys.readouterr().err
+    assert main([*command, *engine, "--any-engine"]) == 0
+    table = capsys.readouterr().out
+    assert "paper-vqav2-opt-2.7b: 21 items (BLIP-2, arXiv 2301.12597v3, table 2)" in table
+    assert "     53.50\n" in table
+    assert "not the preset's engine: " in table
+    rows = json.loads((tmp_path / "run" / "submission.json").read_text())
+    assert set(rows[0]) == {"question_id", "answer"}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_fit_the_published_models(name: str, tiny_engine: Path) -> None:
     """The sizes that a preset wants are those of the configuration that it names."""
@@ -165,19 +251,39 @@ def test_presets_fit_the_published_models(name: str, tiny_engine: Path) -> None:
 def test_all_that_is_wrong_with_a_data_set_is_listed(vqa: Path, coco: Path) -> None:
     (vqa / "val2014" / "COCO_val2014_000000000003.jpg").unlink()
     path = vqa / "v2_OpenEnded_mscoco_val2014_questions.json"
+    truth = vqa / "v2_mscoco_val2014_annotations.json"
     content = json.loads(path.read_text())
     content["questions"][1]["question_id"] = 0
     content["questions"].append({"question_id": 999, "image_id": 0, "question": "w1?"})
+    content["questions"] += ["no object", {"question_id": [7], "image_id": "x", "question": None}]
     path.write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        read_questions(vqa, "vqav2")
+    assert f"{path}: 7 problems: " in str(caught.value)
+    for problem in (
+        "questions[22] is str, not an object",
+        "COCO_val2014_000000000003.jpg is missing",
+        "question 999 has no answers",
+        "question [7] is not as published: None",
+        "question [7] has no answers",
+        "the picture 'x' is missing",
+        "question 0 comes twice",
+    ):
+        assert problem in str(caught.value).replace("'[7]'", "[7]")
+    path.write_text("{")
+    truth.write_text("[]")
     with pytest.raises(
-        InputError, match=r"3 problems: .*000003\.jpg is missing; question 999 has no answers; question 0 comes"
+        InputError, match=r"_questions\.json cannot be read as JSON .*; .*holds list, not dict: fetch them"
     ):
         read_questions(vqa, "vqav2")
-    path.write_text("{")
-    with pytest.raises(InputError, match="cannot be read as JSON"):
-        read_questions(vqa, "vqav2")
     shutil.rmtree(coco / "val2014")
-    with pytest.raises(InputError, match=r"5 problems: .*is missing"):
+    content = json.loads((coco / "dataset_coco.json").read_text())
+    content["images"][1]["cocoid"] = 0
+    content["images"][2]["sentences"] = []
+    content["images"][3]["sentences"] = [{"raw": None}]
+    content["images"].append(3)
+    (coco / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"8 problems: images\[6\] is int.*is missing.*no caption.*id 3.*id 0 comes"):
         read_captions(coco, "coco", "test")
     with pytest.raises(InputError, match=r"holds no captions of NoCaps: put nocaps_val_4500_captions\.json"):
         read_captions(coco, "nocaps", "val")
@@ -196,7 +302,7 @@ def test_other_layouts(tmp_path: Path) -> None:
         "annotations": [{"image_id": 3, "caption": "d"}, {"image_id": 3, "caption": "e"}],
     }
     (tmp_path / "nocaps_val_4500_captions.json").write_text(json.dumps(nocaps))
-    gqa = {"201": {"imageId": "12", "question": "is it?", "answer": "yes"}}
+    gqa = {"201": {"imageId": "12", "question": "is it?", "answer": "yes", "types": {"structural": "verify"}}}
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(gqa))
     found = [
         read_captions(tmp_path, *which)[0] for which in (("flickr30k", "test"), ("coco", "val"), ("nocaps", "val"))
@@ -208,6 +314,113 @@ def test_other_layouts(tmp_path: Path) -> None:
     ]
     (question,) = read_questions(tmp_path, "gqa")
     assert (question.id, question.path.name, question.answers) == ("201", "12.jpg", ("yes",))
+    assert question.answer_type == "verify"
+    write_pictures(tmp_path, ["test2015/COCO_test2015_000000000001.jpg"])
+    testdev = {"questions": [{"question_id": 5, "image_id": 1, "question": "Why?"}]}
+    (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(testdev))
+    (question,) = questions = read_questions(tmp_path, "vqav2", "testdev")
+    assert (question.path.name, question.answers) == ("COCO_test2015_000000000001.jpg", ())
+    scores = score(find_preset("paper-vqav2-testdev-opt-2.7b"), questions, {5: "because"})
+    assert (scores.found, scores.submission) == ({}, [{"question_id": 5, "answer": "because"}])
+    assert "not public: send submission.json" in scores.not_scored["accuracy"]
+
+
+def test_texts_are_cleaned_as_the_sources_clean_them(tiny_pipeline: Pipeline) -> None:
+    question = "What's that: a (red) U.F.O., or 2 birds??  "
+    assert clean_question(question, "lavis") == "what's that a red ufo, or 2 birds??"
+    assert clean_question(question, "mmpretrain") == "whats that a red ufo or 2 birds"
+    assert clean_question("w " * 60, "lavis") == " ".join(["w"] * 50)
+    caption = "A man, his dog's ball.  It's *big*!\n"
+    assert clean_caption(caption, "lavis") == "a man, his dog's ball it's big"
+    assert clean_caption(caption, "mmpretrain") == "a man his dogs ball its big"
+    ask = find_preset("paper-vqav2-opt-2.7b").ask
+    assert ask("Is it {0} so?") == "Question: is it {0} so? Answer:"
+    words = " ".join(f"w{i}" for i in range(30))
+    assert tiny_pipeline.generative_engine.tokenizer.cut(words, 31) == words
+    assert tiny_pipeline.generative_engine.tokenizer.cut(words, 32 - 12) == " ".join(f"w{i}" for i in range(19))
+
+
+def test_gqa_is_scored_as_in_lavis(tmp_path: Path) -> None:
+    """Cleaned and compared with the one answer; the official server's names in the submission."""
+    write_pictures(tmp_path, ["1.jpg"])
+    answers = {"1": ("The dog.", "dog"), "2": ("two", "2"), "3": ("cats", "cat"), "4": ("yes", "yes")}
+    content = {
+        key: {
+            "imageId": "1",
+            "question": "q",
+            "answer": right,
+            "types": {"structural": "verify" if key > "2" else "query"},
+        }
+        for key, (_, right) in answers.items()
+    }
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
+    questions = read_questions(tmp_path, "gqa", "testdev")
+    scores = score(find_preset("lavis-gqa-flan-t5-xl"), questions, {key: said for key, (said, _) in answers.items()})
+    assert scores.found == {"accuracy": 75.0, "accuracy, query": 100.0, "accuracy, verify": 50.0}
+    assert scores.submission[0] == {"questionId": "1", "prediction": "The dog."}
+
+
+def test_okvqa_answers_are_lemmatised_or_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With spaCy's model as LAVIS; without it the table says so instead of giving another number."""
+    data = write_vqa(tmp_path, 2)
+    for name in ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"):
+        (data / name).rename(data / name.removeprefix("v2_"))
+    content = json.loads((data / "mscoco_val2014_annotations.json").read_text())
+    for row in content["annotations"]:
+        row["answers"] = [{"answer": "dog run"}] * 10
+    (data / "mscoco_val2014_annotations.json").write_text(json.dumps(content))
+    questions, preset = read_questions(data, "okvqa"), find_preset("lavis-okvqa-flan-t5-xl")
+    texts: dict[int | str, str] = {0: "dogs running", 10: "dog run"}
+    monkeypatch.setitem(sys.modules, "spacy", None)  # import fails
+    scores = score(preset, questions, texts)
+    assert scores.found["accuracy, not lemmatised"] == 50
+    assert "accuracy" not in scores.found
+    assert "pip install 'blip2rt[okvqa]' && python -m spacy download en_core_web_sm" in scores.not_scored["accuracy"]
+
+    def load(name: str) -> Any:
+        words = {"dogs": ("NOUN", "dog"), "running": ("VERB", "run"), "better": ("ADJ", "good")}
+        assert name == "en_core_web_sm"
+        return lambda text: [
+            SimpleNamespace(text=w, pos_=words.get(w, ("X", w))[0], lemma_=words.get(w, ("X", w))[1])
+            for w in text.split()
+        ]
+
+    spacy = ModuleType("spacy")
+    spacy.load = load  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    scores = score(preset, questions, texts)
+    assert (scores.found["accuracy"], scores.not_scored) == (100, {})
+    assert scores.submission[0]["answer"] == "dog run"
+    assert score(preset, questions, texts | {10: "better dogs"}).submission[1]["answer"] == "better dog"
+
+
+def test_nocaps_has_a_table_of_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each domain is scored by itself, as the official server does; what is missing is said once."""
+    domains = ["in-domain", "near-domain", "out-domain"] * 2
+    write_pictures(tmp_path, [f"{i}.jpg" for i in range(6)])
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.jpg", "domain": domain} for i, domain in enumerate(domains)],
+        "annotations": [{"image_id": i, "caption": f"cat {i}"} for i in range(6)],
+    }
+    (tmp_path / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    items = read_captions(tmp_path, "nocaps", "val")
+
+    def share_of_right_ones(captions: dict[int, str], references: dict[int, tuple[str, ...]]) -> CaptionScores:
+        assert captions.keys() == references.keys()
+        right = [captions[key] in references[key] for key in captions]
+        return CaptionScores({"CIDEr": sum(right) / len(right)}, {"SPICE": "no jars"})
+
+    monkeypatch.setattr(evaluate_scores, "score_captions", share_of_right_ones)
+    texts = {i: f"cat {i}" if domains[i] == "near-domain" or i == 0 else "dog" for i in range(6)}
+    scores = evaluate_scores.score(find_preset("paper-nocaps-caption-opt-2.7b"), items, texts)
+    assert scores.found == {
+        "CIDEr": 50.0,
+        "CIDEr, in-domain": 50.0,
+        "CIDEr, near-domain": 100.0,
+        "CIDEr, out-domain": 0.0,
+    }
+    assert scores.not_scored == {"SPICE": "no jars"}
+    assert scores.submission[3] == {"image_id": 3, "caption": "dog"}
 
 
 def test_inference_model(tiny_pipeline: Pipeline, coco: Path) -> None:

@@ -28,7 +28,7 @@ RUNTIME_LAYERS = (
     {"pipeline", "inspection"},
     {"gallery_base", "presets"},
     {"gallery", "text_gallery"},
-    {"inference", "evaluate_retrieval"},
+    {"inference", "evaluate_retrieval", "evaluate_scores"},
     {"evaluate"},
     {"bulk", "server"},
     {"cli_retrieval"},
@@ -49,7 +49,7 @@ ON_DEMAND = {("cli", "export"), ("cli", "model")}
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
 EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files that nothing else loads
     "bulk": {"pyarrow"},
-    "evaluation": {"pycocoevalcap"},
+    "evaluation": {"pycocoevalcap", "spacy"},
     "server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
 }
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}

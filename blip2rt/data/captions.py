@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import duplicates, find_file, read_json, refuse
+from .files import duplicates, find_file, objects, read_json, refuse
 
 COCO_ID = re.compile(r"(\d+)\.\w+$")
 
@@ -41,15 +41,18 @@ def read_captions(folder: Path, data_set: str, split: str) -> list[CaptionItem]:
         InputError: a file that is not there or broken; or pictures that are missing, ids that come twice, and pictures
             without a caption, all listed at once.
     """
+    problems: list[str] = []
     if data_set == "nocaps":
         path = find_file(folder, ["nocaps_val_4500_captions.json"], "captions of NoCaps")
-        rows = list(_nocaps(read_json(path, dict)))
+        rows = list(_nocaps(read_json((path, dict))[0], problems))
     else:
         lavis = f"coco_karpathy_{split}.json" if data_set == "coco" else f"flickr30k_{split}.json"
         path = find_file(folder, [f"dataset_{data_set}.json", lavis], f"Karpathy's split of {data_set}")
-        is_karpathy = path.name.startswith("dataset_")
-        rows = list(_karpathy(read_json(path, dict), split) if is_karpathy else _lavis(read_json(path, list)))
-    problems = [f"no pictures of split {split!r}"] * (not rows)
+        if path.name.startswith("dataset_"):
+            rows = list(_karpathy(read_json((path, dict))[0], split, problems))
+        else:
+            rows = list(_lavis(read_json((path, list))[0], problems))
+    problems += [f"no pictures of split {split!r}"] * (not rows)
     items = []
     for row in rows:
         if row["error"]:
@@ -74,29 +77,33 @@ def find_picture(folder: Path, name: str) -> Path | None:
 
 
 def _row(identifier: Any, file: Any, captions: Any, domain: Any = None) -> dict[str, Any]:
-    wrong = not isinstance(file, str) or type(identifier) is not int or not all(isinstance(c, str) for c in captions)
-    error = f"a picture {file!r} with id {identifier!r} is not as published" if wrong else None
+    is_right = isinstance(file, str) and type(identifier) is int and isinstance(captions, list)
+    is_right = is_right and all(isinstance(caption, str) for caption in captions)
+    error = None if is_right else f"a picture {file!r} with id {identifier!r} is not as published"
     return {"id": identifier, "file": file, "captions": captions, "domain": domain, "error": error}
 
 
-def _karpathy(content: dict[str, Any], split: str) -> Iterator[dict[str, Any]]:
-    for image in content.get("images", []):
+def _karpathy(content: dict[str, Any], split: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+    for image in objects(content.get("images"), "images", problems):
         if image.get("split") == split:
-            file = "/".join(filter(None, (image.get("filepath"), image.get("filename"))))
-            captions = [sentence.get("raw") for sentence in image.get("sentences", [])]
+            names = [image.get("filepath"), image.get("filename")]
+            file = "/".join(filter(None, names)) if all(isinstance(n, str | None) for n in names) and names[1] else None
+            sentences = objects(image.get("sentences"), f"sentences of {file}", problems)
+            captions = [sentence.get("raw") for sentence in sentences]
             yield _row(image.get("cocoid", image.get("imgid")), file, captions)
 
 
-def _lavis(content: list[Any]) -> Iterator[dict[str, Any]]:
-    for image in content:
+def _lavis(content: list[Any], problems: list[str]) -> Iterator[dict[str, Any]]:
+    for image in objects(content, "images", problems):
         file, captions = image.get("image"), image.get("caption", [])
         number = COCO_ID.search(file) if isinstance(file, str) else None
         yield _row(int(number[1]) if number else None, file, [captions] if isinstance(captions, str) else captions)
 
 
-def _nocaps(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _nocaps(content: dict[str, Any], problems: list[str]) -> Iterator[dict[str, Any]]:
     captions: dict[Any, list[Any]] = {}
-    for annotation in content.get("annotations", []):
-        captions.setdefault(annotation.get("image_id"), []).append(annotation.get("caption"))
-    for image in content.get("images", []):
-        yield _row(image.get("id"), image.get("file_name"), captions.get(image.get("id"), []), image.get("domain"))
+    for annotation in objects(content.get("annotations"), "annotations", problems):
+        captions.setdefault(str(annotation.get("image_id")), []).append(annotation.get("caption"))
+    for image in objects(content.get("images"), "images", problems):
+        found = captions.get(str(image.get("id")), [])
+        yield _row(image.get("id"), image.get("file_name"), found, image.get("domain"))

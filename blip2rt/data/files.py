@@ -24,19 +24,36 @@ def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
     raise InputError(f"{folder} holds no {what}: put {' or '.join(names)} there (or into {folder / 'annotations'})")
 
 
-def read_json(path: Path, kind: type) -> Any:
-    """A JSON file whose outermost value is a list or an object.
+def read_json(*files: tuple[Path, type]) -> list[Any]:
+    """The contents of JSON files, whose outermost values are lists or objects as given.
 
     Raises:
-        InputError: unreadable, broken, or another value.
+        InputError: unreadable, broken, or another value; it names every such file.
     """
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): fetch it anew") from None
-    if not isinstance(content, kind):
-        raise InputError(f"{path} holds {type(content).__name__}, not {kind.__name__}: fetch it anew")
-    return content
+    contents, problems = [], []
+    for path, kind in files:
+        try:
+            content = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{path} cannot be read as JSON ({error})")
+            continue
+        if not isinstance(content, kind):
+            problems.append(f"{path} holds {type(content).__name__}, not {kind.__name__}")
+        contents.append(content)
+    if problems:
+        raise InputError(f"{'; '.join(problems)}: fetch {'them' if len(problems) > 1 else 'it'} anew")
+    return contents
+
+
+def objects(rows: Any, name: str, problems: list[str]) -> list[dict[str, Any]]:
+    """The rows of a list that are objects; the others become problems, and so does anything that is no list."""
+    if not isinstance(rows, list):
+        problems.append(f"{name} is {type(rows).__name__}, not a list")
+        return []
+    problems += [
+        f"{name}[{i}] is {type(row).__name__}, not an object" for i, row in enumerate(rows) if not isinstance(row, dict)
+    ]
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def refuse(path: Path, problems: Iterable[str]) -> None:

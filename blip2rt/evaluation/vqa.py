@@ -87,7 +87,11 @@ def vqa_table(rows: Sequence[Mapping[str, Any]], rule: str = "official") -> dict
         rows: each with "prediction", "answers" (strings), and, where known, "question_type" and "answer_type".
         rule: as in `vqa_accuracy`.
     """
-    accuracies = [vqa_accuracy(row["prediction"], row["answers"], rule) for row in rows]
+    return accuracy_table(rows, [vqa_accuracy(row["prediction"], row["answers"], rule) for row in rows])
+
+
+def accuracy_table(rows: Sequence[Mapping[str, Any]], accuracies: Sequence[float]) -> dict[str, Any]:
+    """Percent overall and by the "question_type" and "answer_type" of rows, where they have one."""
     table: dict[str, Any] = {"overall": _percent(accuracies)}
     for name, key in (("perQuestionType", "question_type"), ("perAnswerType", "answer_type")):
         groups: dict[str, list[float]] = {}
@@ -96,6 +100,11 @@ def vqa_table(rows: Sequence[Mapping[str, Any]], rule: str = "official") -> dict
                 groups.setdefault(row[key], []).append(accuracy)
         table[name] = {group: _percent(values) for group, values in groups.items()}
     return table
+
+
+def exact_accuracy(prediction: str, answer: str) -> float:
+    """GQA's: 1 where the prediction, cleaned as LAVIS cleans it, is the one answer, else 0."""
+    return float(clean(prediction) == answer)
 
 
 def clean(answer: str) -> str:
