@@ -29,10 +29,11 @@ void compare_avx2(const Gallery& gallery, const Queries& queries, float* out);
 void compare_avx512(const Gallery& gallery, const Queries& queries, float* out);
 #endif
 
-// Vectors of `Isa` hold kLanes floats; two of them stand for 2 * kLanes queries, kRows rows are multiplied at a time.
-template <class Isa>
+// Vectors of `Isa` hold kLanes floats; kParts of them stand for kParts * kLanes queries, kRows rows are multiplied at a
+// time. Products are added up in the order of the width, whatever the sizes: a query's do not depend on the others.
+template <class Isa, std::size_t kParts>
 void compare_rows(const Gallery& gallery, const Queries& queries, float* out) {
-    constexpr std::size_t kColumns = 2 * Isa::kLanes, kRows = Isa::kRows;
+    constexpr std::size_t kColumns = kParts * Isa::kLanes, kRows = Isa::kRows;
     using Vector = typename Isa::Vector;
     const std::size_t width = gallery.width, count = queries.count, vectors = gallery.rows * gallery.per_row;
     const std::size_t tiles = (count + kColumns - 1) / kColumns;
@@ -48,27 +49,32 @@ void compare_rows(const Gallery& gallery, const Queries& queries, float* out) {
         const std::size_t here = vectors - first < kRows ? vectors - first : kRows;
         Isa::widen(gallery.half + first * width, here * width, wide);
         for (std::size_t tile = 0; tile < tiles; ++tile) {
-            Vector sums[kRows][2];
-            for (std::size_t r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Isa::zero();
+            Vector sums[kRows][kParts];
+            for (std::size_t r = 0; r < kRows; ++r)
+                for (std::size_t p = 0; p < kParts; ++p) sums[r][p] = Isa::zero();
             const float* columns = packed + tile * width * kColumns;
             for (std::size_t e = 0; e < width; ++e, columns += kColumns) {
-                const Vector left = Isa::load(columns), right = Isa::load(columns + Isa::kLanes);
+                Vector parts[kParts];
+                for (std::size_t p = 0; p < kParts; ++p) parts[p] = Isa::load(columns + p * Isa::kLanes);
                 for (std::size_t r = 0; r < kRows; ++r) {
                     const Vector value = Isa::same(wide[r * width + e]);
-                    sums[r][0] = Isa::add_product(value, left, sums[r][0]);
-                    sums[r][1] = Isa::add_product(value, right, sums[r][1]);
+                    for (std::size_t p = 0; p < kParts; ++p) sums[r][p] = Isa::add_product(value, parts[p], sums[r][p]);
                 }
             }
             const std::size_t start = tile * kColumns, used = count - start < kColumns ? count - start : kColumns;
             for (std::size_t r = 0; r < here; ++r) {
                 float found[kColumns];
-                Isa::store(found, sums[r][0]);
-                Isa::store(found + Isa::kLanes, sums[r][1]);
+                for (std::size_t p = 0; p < kParts; ++p) Isa::store(found + p * Isa::kLanes, sums[r][p]);
                 float* best = out + (first + r) / gallery.per_row * count + start;
                 for (std::size_t c = 0; c < used; ++c) best[c] = found[c] > best[c] ? found[c] : best[c];
             }
         }
     }
+}
+
+template <class Isa>
+void compare(const Gallery& gallery, const Queries& queries, float* out) {
+    (queries.count > Isa::kLanes ? compare_rows<Isa, 2> : compare_rows<Isa, 1>)(gallery, queries, out);
 }
 
 }  // namespace blip2rt

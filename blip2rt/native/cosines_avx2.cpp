@@ -27,7 +27,7 @@ struct Avx2 {
 }  // namespace
 
 void compare_avx2(const Gallery& gallery, const Queries& queries, float* out) {
-    compare_rows<Avx2>(gallery, queries, out);
+    compare<Avx2>(gallery, queries, out);
 }
 
 }  // namespace blip2rt

@@ -28,7 +28,7 @@ struct Avx512 {
 }  // namespace
 
 void compare_avx512(const Gallery& gallery, const Queries& queries, float* out) {
-    compare_rows<Avx512>(gallery, queries, out);
+    compare<Avx512>(gallery, queries, out);
 }
 
 }  // namespace blip2rt
