@@ -166,7 +166,7 @@ def read_scenes(folder: Path) -> WrittenScenes:
     Raises:
         InputError: no `scenes.json`, or not one of ours.
     """
-    content = read_json(folder / "scenes.json", dict)
+    (content,) = read_json((folder / "scenes.json", dict))
     try:
         rows = {row["id"]: row for row in content["scenes"]}
         scenes = {
