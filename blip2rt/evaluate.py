@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .data import CaptionItem, Question, read_captions, read_questions
+from .data.cleaning import clean_question
 from .errors import InputError
 from .evaluate_retrieval import evaluate_retrieval
 from .evaluate_scores import Scores, score
@@ -121,7 +122,8 @@ def _predict(
         for start in range(0, len(left), BATCH_SIZE):
             batch = left[start : start + BATCH_SIZE]
             prompts = [_prompt(preset, pipe, item) for item in batch]
-            results = pipe.generate([item.path for item in batch], prompts, options=preset.options)
+            ask = pipe.answer if preset.reads_questions else pipe.generate
+            results = ask([item.path for item in batch], prompts, options=preset.options)
             for item, result in zip(batch, results, strict=True):
                 done[item.id] = result.text
                 stream.write(json.dumps({"id": item.id, "text": result.text}) + "\n")
@@ -148,6 +150,8 @@ def _read_predictions(path: Path) -> Iterator[tuple[int | str, str]]:
 
 
 def _prompt(preset: Preset, pipe: Pipeline, item: CaptionItem | Question) -> str:
+    if preset.reads_questions and isinstance(item, Question):
+        return clean_question(item.question, preset.style)  # `answer` puts it into the prompt
     prompt = preset.ask(item.question) if isinstance(item, Question) else preset.prompt
     return (
         prompt if preset.prompt_tokens is None else pipe.generative_engine.tokenizer.cut(prompt, preset.prompt_tokens)

@@ -38,16 +38,13 @@ class Preset:
     vision_layers: int | None = None  # None: all
     candidates: int = 128  # that ITM looks at
     text_length: int = 35  # tokens that retrieval texts are cut to
+    image_size: int = 224  # side of the pictures in pixels
+    reads_questions: bool = False  # the Q-Former is given the question as well
 
     @property
     def kind(self) -> str:
         """Of the engine."""
         return RETRIEVAL if self.task == RETRIEVE else GENERATIVE
-
-    @property
-    def image_size(self) -> int:
-        """Side of the pictures in pixels."""
-        return 364 if self.config.endswith("-364") else 224
 
     @property
     def language_model(self) -> str | None:
@@ -59,6 +56,8 @@ class Preset:
 
     def export_command(self) -> str:
         """How the engine is made from the published file."""
+        if self.reads_questions:
+            return f"blip2rt export --model {self.checkpoint}"
         layers = f" --vision-layers {self.vision_layers}" if self.vision_layers else ""
         command = f"blip2rt export --model {self.checkpoint} --config {self.config}{layers}"
         if self.task == RETRIEVE:
@@ -74,6 +73,8 @@ class Preset:
         found, model = [], manifest.model
         if manifest.image.size != self.image_size:
             found.append(f"its pictures have {manifest.image.size} px, not {self.image_size}")
+        if self.reads_questions and manifest.question_tokens is None:
+            found.append("its Q-Former reads no questions")
         wanted = (self.vision_layers or (23 if "vitl" in self.config else 39), 1024 if "vitl" in self.config else 1408)
         layers, width = model["vision"]["num_hidden_layers"], model["vision"]["hidden_size"]
         if (layers, width) != wanted:
@@ -143,6 +144,28 @@ def _paper_vqa() -> list[Preset]:
     ]
 
 
+def _paper_finetuned_vqa() -> list[Preset]:
+    """VQA after fine-tuning, where the Q-Former reads the question: table 4. Nobody published these models."""
+    numbers = {"opt-2.7b": 81.59, "opt-6.7b": 82.19, "flan-t5-xl": 81.55}
+    return [
+        Preset(
+            name=f"paper-vqav2-finetuned-{model}",
+            task=VQA,
+            data_set="vqav2",
+            split="testdev",
+            config=f"blip2-{model}",
+            checkpoint="runs/vqa/checkpoint",
+            source=f"{PAPER}, table 4; beams of its appendix, lengths of table 2's",
+            published={"accuracy": accuracy},
+            prompt=OPT_QUESTION if "opt" in model else T5_QUESTION,
+            options=_options(max_new_tokens=10, length_penalty=-1.0),
+            image_size=490,
+            reads_questions=True,
+        )
+        for model, accuracy in numbers.items()
+    ]
+
+
 def _paper_captions() -> list[Preset]:
     """Captions after fine-tuning on COCO, and the same models on NoCaps: table 3. LAVIS counts OPT's start token."""
     numbers = {
@@ -157,6 +180,7 @@ def _paper_captions() -> list[Preset]:
             data_set=data_set,
             split="test" if data_set == "coco" else "val",
             config=f"blip2-{model}-364",
+            image_size=364,
             checkpoint=_file(model).replace("pretrained", "caption"),
             source=f"{PAPER}, table 3; lengths of LAVIS's caption_coco_ft configuration",
             published=published,
@@ -184,6 +208,7 @@ def _paper_retrieval() -> list[Preset]:
             data_set=data_set,
             split="test",
             config=f"blip2{vision}-364",
+            image_size=364,
             checkpoint="blip2_finetune_coco.pth" if not vision else "the ViT-L file, which was not published",
             source=f"{PAPER}, table 5",
             published=dict(zip(names, row, strict=True)),
@@ -217,6 +242,7 @@ def _lavis() -> list[Preset]:
             data_set="coco",
             split="test",
             config=f"blip2-{model}-364",
+            image_size=364,
             checkpoint=_file(model).replace("pretrained", "caption"),
             source=f"LAVIS, caption_coco_{model.replace('-', '')}_eval.yaml (its header)",
             published=published,
@@ -252,7 +278,7 @@ MMPRETRAIN = "mmpretrain, configs/blip2 (its README and metafile)"
 MMPRETRAIN_ROWS = [
     Preset(
         name="mmpretrain-caption-opt-2.7b",
-        task=CAPTION, data_set="coco", split="val", config="blip2-opt-2.7b-364", vision_layers=38,
+        task=CAPTION, data_set="coco", split="val", config="blip2-opt-2.7b-364", image_size=364, vision_layers=38,
         checkpoint="blip2-opt2.7b_3rdparty-zeroshot_caption.pth", source=MMPRETRAIN,
         published={"Bleu_4": 32.90, "CIDEr": 111.10}, prompt="a photo of", options=_options(max_new_tokens=30),
     ),
@@ -265,12 +291,13 @@ MMPRETRAIN_ROWS = [
     ),
     Preset(
         name="mmpretrain-coco-retrieval",
-        task=RETRIEVE, data_set="coco", split="val", config="blip2-364",
+        task=RETRIEVE, data_set="coco", split="val", config="blip2-364", image_size=364,
         checkpoint="blip2_3rdparty_retrieval.pth", source=MMPRETRAIN, published={"txt_r1": 85.40, "img_r1": 68.30},
         style="mmpretrain",
     ),
 ]  # fmt: skip
-PRESETS = {p.name: p for p in (*_paper_vqa(), *_paper_captions(), *_paper_retrieval(), *_lavis(), *MMPRETRAIN_ROWS)}
+PAPER_ROWS = (*_paper_vqa(), *_paper_finetuned_vqa(), *_paper_captions(), *_paper_retrieval())
+PRESETS = {preset.name: preset for preset in (*PAPER_ROWS, *_lavis(), *MMPRETRAIN_ROWS)}
 
 
 def find_preset(name: str) -> Preset:

@@ -240,12 +240,36 @@ def test_presets_fit_the_published_models(name: str, tiny_engine: Path) -> None:
     if preset.vision_layers:
         config = replace(config, vision=replace(config.vision, num_hidden_layers=preset.vision_layers))
     tiny = Manifest.read(tiny_engine)
-    image = replace(tiny.image, size=config.vision.image_size)
+    image = replace(tiny.image, size=490 if preset.reads_questions else config.vision.image_size)
     fitting = replace(tiny, kind=preset.kind, model=json.loads(json.dumps(config.to_dict())), image=image)
+    if preset.reads_questions:
+        assert preset.problems(fitting) == ["its Q-Former reads no questions"]
+        fitting = replace(fitting, question_tokens=tiny.tokens)
+    else:
+        assert f"--config {preset.config}" in preset.export_command()
     assert preset.problems(fitting) == []
     assert preset.problems(replace(fitting, image=replace(image, size=100)))
-    assert f"--config {preset.config}" in preset.export_command()
     assert preset.published
+
+
+def test_a_q_former_is_given_the_question(
+    tiny_pipeline: Pipeline, vqa: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `answer`, which makes the same prompt of it."""
+    preset = replace(PRESETS["paper-vqav2-finetuned-opt-2.7b"], split="val")
+    asked: list[str] = []
+    answer = tiny_pipeline.answer
+
+    def noted(images: Any, questions: list[str], **keywords: Any) -> Any:
+        asked.extend(questions)
+        return answer(images, questions, **keywords)
+
+    monkeypatch.setattr(tiny_pipeline, "answer", noted)
+    _, submission = run(preset, tiny_pipeline, vqa, tmp_path / "asked")
+    assert asked
+    assert not any("Answer:" in question for question in asked)
+    _, other = run(replace(preset, reads_questions=False), tiny_pipeline, vqa, tmp_path / "told")
+    assert submission == other
 
 
 def test_all_that_is_wrong_with_a_data_set_is_listed(vqa: Path, coco: Path) -> None:
