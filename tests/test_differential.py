@@ -121,13 +121,19 @@ class Expected:
 
 
 class Jitter(LogitsProcessor):
-    """Moves every score by less than half of what counts as a near-tie."""
+    """Moves every score by about half of what counts as a near-tie.
 
-    def __init__(self, seed: int):
+    Beams are compared by sums of as many scores as they are long. So there the noise of step t grows with its root, and
+    that of a sum is in proportion to the sum.
+    """
+
+    def __init__(self, seed: int, adds_up: bool):
         self.generator = torch.Generator().manual_seed(seed)
+        self.adds_up, self.step = adds_up, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = 2 * torch.rand(scores.shape, generator=self.generator) - 1
+        self.step += 1
+        noise = (2 * torch.rand(scores.shape, generator=self.generator) - 1) * (self.step**0.5 if self.adds_up else 1)
         return scores + noise * (NEAR_TIE / 2) * scores.abs().clamp(min=1).nan_to_num(posinf=0)
 
 
@@ -217,7 +223,7 @@ class Reference:
         """Whether the float64 model gives `ids` when scores move by less than a near-tie; the seed that shows it."""
         double = copy.deepcopy(self.model).double()
         for seed in range(60):
-            jitter = LogitsProcessorList([Jitter(seed)] if seed else [])
+            jitter = LogitsProcessorList([Jitter(seed, options["num_beams"] > 1)] if seed else [])
             output = self.run(pixel_values, prompt, options, double, logits_processor=jitter)
             if [found for found, _ in self.token_ids(output, prompt, options)] == ids:
                 return seed
