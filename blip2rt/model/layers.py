@@ -50,6 +50,14 @@ def _(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
+def with_past(past: Tensor | None, rows: Tensor, write_indices: Tensor) -> Tensor:
+    """The cache [B, H, C, d] that new rows [B, H, S, d] attend to: `past` with them written into it.
+
+    Without a past (training sees whole texts) the rows are all there is.
+    """
+    return rows if past is None else write_cache(past, rows, write_indices)
+
+
 def embed_rows(token: nn.Embedding, prefix: Tensor, input_ids: Tensor) -> Tensor:
     """Rows of `prefix` [B, S, D] where the id [B, S] is negative (the picture), token embeddings elsewhere."""
     return torch.where(input_ids[:, :, None] < 0, prefix, token(input_ids.clamp(min=0)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import OPTConfig
-from .layers import activation, attend, embed_rows, pick_rows, split_heads, write_cache
+from .layers import activation, attend, embed_rows, pick_rows, split_heads, with_past
 
 POSITION_OFFSET = 2  # OPT's position table starts two rows late, an inheritance of its padding index
 
@@ -30,11 +30,11 @@ class OPTBlock(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, width, bias=bias)
 
     def forward(
-        self, x: Tensor, write_indices: Tensor, mask: Tensor, past_key: Tensor, past_value: Tensor
+        self, x: Tensor, write_indices: Tensor, mask: Tensor, past_key: Tensor | None, past_value: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        present_key = write_cache(past_key, key, write_indices)
-        present_value = write_cache(past_value, value, write_indices)
+        present_key = with_past(past_key, key, write_indices)
+        present_value = with_past(past_value, value, write_indices)
         x = x + self.proj(attend(query, present_key, present_value, mask))
         x = x + self.fc2(self.activation(self.fc1(self.norm2(x))))
         return x, present_key, present_value
@@ -75,7 +75,7 @@ class OPTHead(nn.Module):
 
 
 class OPT(nn.Module):
-    """The decoder stage."""
+    """The decoder stage. `past`: keys and values of every block; all None: the new rows are the whole text."""
 
     def __init__(self, config: OPTConfig):
         super().__init__()
@@ -91,7 +91,7 @@ class OPT(nn.Module):
         write_indices: Tensor,
         mask: Tensor,
         logit_rows: Tensor,
-        *past: Tensor,
+        *past: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x = self.embedding(prefix, input_ids, positions)
         present: list[Tensor] = []

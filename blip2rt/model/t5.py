@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import T5Config
-from .layers import activation, attend, embed_rows, pick_rows, split_heads, write_cache
+from .layers import activation, attend, embed_rows, pick_rows, split_heads, with_past
 
 
 @torch.library.custom_op("blip2rt::relative_bucket", mutates_args=())
@@ -170,14 +170,14 @@ class T5DecoderBlock(nn.Module):
         bias: Tensor,
         write_indices: Tensor,
         encoder_mask: Tensor,
-        past_key: Tensor,
-        past_value: Tensor,
+        past_key: Tensor | None,
+        past_value: Tensor | None,
         cross_key: Tensor,
         cross_value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
-        present_key = write_cache(past_key, key, write_indices)
-        present_value = write_cache(past_value, value, write_indices)
+        present_key = with_past(past_key, key, write_indices)
+        present_value = with_past(past_value, value, write_indices)
         x = x + self.proj(attend(query, present_key, present_value, bias, scale=1.0))
         query = split_heads(self.cross_query(self.norm2(x)), self.num_heads)
         x = x + self.cross_proj(attend(query, cross_key, cross_value, encoder_mask, scale=1.0))
@@ -213,7 +213,10 @@ class T5Head(nn.Module):
 
 
 class T5Decoder(nn.Module):
-    """The decoder stage. `caches`: past keys and values of every block, then the encoder's for every block."""
+    """The decoder stage. `caches`: past keys and values of every block, then the encoder's for every block.
+
+    A past of None: the new rows are the whole text.
+    """
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -231,7 +234,7 @@ class T5Decoder(nn.Module):
         mask: Tensor,
         encoder_mask: Tensor,
         logit_rows: Tensor,
-        *caches: Tensor,
+        *caches: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x = self.embedding(input_ids)
         bias = self.relative_bias(positions, cached_positions, mask)
