@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -223,6 +224,34 @@ def write_tokenizer(directory: Path, vocab_size: int, ends_prompts: bool = False
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     wrapped.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session")
+def tokenizers_of_64(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Directories of a language model's tokenizer and of a Q-Former's, 64 words each. Do not write into them."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "opt").mkdir()
+    (folder / "bert").mkdir()
+    write_tokenizer(folder / "opt", 64)
+    write_text_tokenizer(folder / "bert", 64)
+    return folder / "opt", folder / "bert"
+
+
+@pytest.fixture(scope="session")
+def example_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train.jsonl`: eight pictures with two captions and a question each, and one that is damaged. Do not write."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        Image.fromarray(draw.integers(0, 256, (24 + i, 30, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        captions = [f"w{i + 1} w{i + 2}", f"w{i + 3}"]
+        question = {"question": f"w{i}", "answers": [f"w{i + 4}", f"w{i + 5} w1"]}
+        rows.append({"image": f"{i}.png", "captions": captions, "questions": [question]})
+    (folder / "damaged.png").write_bytes((folder / "0.png").read_bytes()[:200])
+    rows.append({"image": "damaged.png", "captions": ["w1"]})
+    (folder / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return folder
 
 
 @pytest.fixture(scope="session")

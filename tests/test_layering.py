@@ -40,6 +40,8 @@ MEETING_POINTS = {"__init__", "stages", "manifest", "engine_directory", "errors"
 EXPORTER = {
     "model": {"errors", "stages"},
     "export": {"model", "native", *MEETING_POINTS},
+    # training sees pictures as the runtime does, and writes what the exporter reads
+    "training": {"model", "export", "errors", "progress", "data", "bulk", "preprocess", "tokenizer"},
 }
 # verify.py runs an engine as the runtime will: with its session options
 EXCEPTIONS = {("blip2rt/export/verify.py", "backends")}
@@ -56,6 +58,7 @@ LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.
 EXPORTER_PACKAGES = {
     "model": {"torch", "safetensors", "huggingface_hub"},
     "export": {"torch", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "transformers"},
+    "training": {"torch", "numpy", "PIL"},
 }
 
 
@@ -135,7 +138,7 @@ def test_imports_go_one_way(path: Path) -> None:
             allowed |= {"backends"}
     extra = {found for found in parts(path) - allowed if (name, found) not in EXCEPTIONS}
     assert {found for found in extra if (part, found) not in ON_DEMAND} == set()
-    assert parts(path, inside_functions=False) & set(EXPORTER) <= ({"model"} if part == "export" else set())
+    assert parts(path, inside_functions=False) & set(EXPORTER) <= EXPORTER.get(part, set())
     assert packages(path) - foreign == set()
 
 

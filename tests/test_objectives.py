@@ -140,7 +140,12 @@ TEXTS = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 9, 7, 10, 11, 3], [2, 12, 3, 0, 0,
 
 
 def qformer(reads_text: bool) -> QFormerConfig:
-    sizes: dict[str, Any] = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 3, "num_attention_heads": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+    }
     return QFormerConfig(use_qformer_text_input=reads_text, vocab_size=15, max_position_embeddings=8, **sizes)
 
 

@@ -42,16 +42,7 @@ def read_captions(folder: Path, data_set: str, split: str) -> list[CaptionItem]:
             without a caption, all listed at once.
     """
     problems: list[str] = []
-    if data_set == "nocaps":
-        path = find_file(folder, ["nocaps_val_4500_captions.json"], "captions of NoCaps")
-        rows = list(_nocaps(read_json((path, dict))[0], problems))
-    else:
-        lavis = f"coco_karpathy_{split}.json" if data_set == "coco" else f"flickr30k_{split}.json"
-        path = find_file(folder, [f"dataset_{data_set}.json", lavis], f"Karpathy's split of {data_set}")
-        if path.name.startswith("dataset_"):
-            rows = list(_karpathy(read_json((path, dict))[0], split, problems))
-        else:
-            rows = list(_lavis(read_json((path, list))[0], problems))
+    path, rows = caption_rows(folder, data_set, split, problems)
     problems += [f"no pictures of split {split!r}"] * (not rows)
     items = []
     for row in rows:
@@ -65,6 +56,25 @@ def read_captions(folder: Path, data_set: str, split: str) -> list[CaptionItem]:
     problems += [f"id {identifier} comes twice" for identifier in duplicates(item.id for item in items)]
     refuse(path, problems)
     return items
+
+
+def caption_rows(folder: Path, data_set: str, split: str, problems: list[str]) -> tuple[Path, list[dict[str, Any]]]:
+    """The file of a split, and its pictures as it has them: `id`, `file`, `captions`, `domain`, `error`.
+
+    The split "train" is all that is left for training: COCO's "restval" belongs to it. What is not as published goes to
+    `problems`.
+
+    Raises:
+        InputError: a file that is not there or broken.
+    """
+    if data_set == "nocaps":
+        path = find_file(folder, ["nocaps_val_4500_captions.json"], "captions of NoCaps")
+        return path, list(_nocaps(read_json((path, dict))[0], problems))
+    lavis = f"coco_karpathy_{split}.json" if data_set == "coco" else f"flickr30k_{split}.json"
+    path = find_file(folder, [f"dataset_{data_set}.json", lavis], f"Karpathy's split of {data_set}")
+    if path.name.startswith("dataset_"):
+        return path, list(_karpathy(read_json((path, dict))[0], split, problems))
+    return path, list(_lavis(read_json((path, list))[0], problems))
 
 
 def find_picture(folder: Path, name: str) -> Path | None:
@@ -84,8 +94,9 @@ def _row(identifier: Any, file: Any, captions: Any, domain: Any = None) -> dict[
 
 
 def _karpathy(content: dict[str, Any], split: str, problems: list[str]) -> Iterator[dict[str, Any]]:
+    splits = ("train", "restval") if split == "train" else (split,)
     for image in objects(content.get("images"), "images", problems):
-        if image.get("split") == split:
+        if image.get("split") in splits:
             names = [image.get("filepath"), image.get("filename")]
             file = "/".join(filter(None, names)) if all(isinstance(n, str | None) for n in names) and names[1] else None
             sentences = objects(image.get("sentences"), f"sentences of {file}", problems)

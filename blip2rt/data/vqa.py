@@ -18,8 +18,8 @@ from .captions import find_picture
 from .files import duplicates, find_file, objects, read_json, refuse
 
 PREFIXES = {"vqav2": "v2_", "okvqa": ""}
-SPLITS = {"val": "val2014", "testdev": "test-dev2015"}  # as in the names of files
-FOLDERS = {"val": "val2014", "testdev": "test2015"}  # of pictures
+SPLITS = {"train": "train2014", "val": "val2014", "testdev": "test-dev2015"}  # as in the names of files
+FOLDERS = {"train": "train2014", "val": "val2014", "testdev": "test2015"}  # of pictures
 
 
 @dataclass(frozen=True)
@@ -47,22 +47,32 @@ def read_questions(folder: Path, data_set: str, split: str = "val") -> list[Ques
             missing and ids that come twice.
     """
     problems: list[str] = []
-    if data_set == "gqa":
-        path = find_file(folder, ["testdev_balanced_questions.json"], "questions of GQA")
-        rows = _gqa(read_json((path, dict))[0], problems)
-    else:
-        prefix, name = PREFIXES[data_set], SPLITS[split]
-        path = find_file(folder, [f"{prefix}OpenEnded_mscoco_{name}_questions.json"], f"questions of {data_set}")
-        files: list[tuple[Path, type]] = [(path, dict)]
-        if split == "val":
-            truth = find_file(folder, [f"{prefix}mscoco_{name}_annotations.json"], f"answers of {data_set}")
-            files.append((truth, dict))
-        rows = _vqa(read_json(*files), FOLDERS[split], problems)
+    path, rows = question_rows(folder, data_set, split, problems)
     problems += [] if rows else ["no questions"]
     questions = [_question(folder, row, problems) for row in rows]
     problems += [f"question {identifier} comes twice" for identifier in duplicates(q.id for q in questions)]
     refuse(path, dict.fromkeys(problems))
     return questions
+
+
+def question_rows(folder: Path, data_set: str, split: str, problems: list[str]) -> tuple[Path, list[dict[str, Any]]]:
+    """The file of a split (GQA has one), and its questions as it has them, with `file`, their picture's name.
+
+    What is not as published goes to `problems`.
+
+    Raises:
+        InputError: a file that is not there or broken.
+    """
+    if data_set == "gqa":
+        path = find_file(folder, ["testdev_balanced_questions.json"], "questions of GQA")
+        return path, _gqa(read_json((path, dict))[0], problems)
+    prefix, name = PREFIXES[data_set], SPLITS[split]
+    path = find_file(folder, [f"{prefix}OpenEnded_mscoco_{name}_questions.json"], f"questions of {data_set}")
+    files: list[tuple[Path, type]] = [(path, dict)]
+    if split != "testdev":
+        truth = find_file(folder, [f"{prefix}mscoco_{name}_annotations.json"], f"answers of {data_set}")
+        files.append((truth, dict))
+    return path, _vqa(read_json(*files), FOLDERS[split], problems)
 
 
 def _gqa(content: dict[str, Any], problems: list[str]) -> list[dict[str, Any]]:

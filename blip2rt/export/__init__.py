@@ -121,7 +121,7 @@ def export_engine(
             precision=precision,
             device=device,
             kernels=kernels,
-            image=_image_spec(checkpoint),
+            image=ImageSpec(config.vision.image_size, *read_normalisation(checkpoint.directory)),
             tokens=tokens,
             question_tokens=question_tokens,
             parameters=parameters,
@@ -178,18 +178,22 @@ def _token_spec(config: Blip2Config) -> TokenSpec:
     return TokenSpec(start, text.pad_token_id, stop_token_ids(text), config.image_token_id)
 
 
-def _image_spec(checkpoint: Checkpoint) -> ImageSpec:
-    """Mean and std from the checkpoint's processor, where it has one."""
+def read_normalisation(directory: Path | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of the processor in a checkpoint's directory; CLIP's where there is none.
+
+    Raises:
+        ExportError: they are not three numbers each.
+    """
     settings: dict[str, Any] = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
-        if checkpoint.directory and (checkpoint.directory / name).is_file():
-            content = read_json(checkpoint.directory / name)
+        if directory and (directory / name).is_file():
+            content = read_json(directory / name)
             settings |= content.get("image_processor") or content
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
     for what, values in (("image_mean", mean), ("image_std", std)):
         if len(values) != 3 or not all(isinstance(v, (int, float)) and abs(v) < 10 for v in values):
-            raise ExportError(f"{checkpoint.directory}: the processor's {what} is {values!r}, not three numbers")
-    return ImageSpec(checkpoint.config.vision.image_size, tuple(map(float, mean)), tuple(map(float, std)))
+            raise ExportError(f"{directory}: the processor's {what} is {values!r}, not three numbers")
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _toolchain() -> dict[str, str]:

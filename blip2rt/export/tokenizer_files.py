@@ -22,7 +22,7 @@ def write_tokenizer(source: Path, directory: Path, vocab_size: int) -> None:
     Raises:
         CheckpointError: no tokenizer there, or one with ids beyond the embedding rows.
     """
-    tokenizer = _read(source, "--tokenizer")
+    tokenizer = read_tokenizer(source, "--tokenizer")
     _refuse_ids_beyond(tokenizer, source, vocab_size, "the language model", "--tokenizer")
     tokenizer.backend_tokenizer.save(str(directory / "tokenizer.json"))
 
@@ -41,7 +41,7 @@ def write_text_tokenizer(source: Path, file: Path, vocab_size: int) -> TokenSpec
     Raises:
         CheckpointError: no tokenizer there, not BERT's, or one with ids beyond the embedding rows.
     """
-    tokenizer = _read(source, "--text-tokenizer")
+    tokenizer = read_tokenizer(source, "--text-tokenizer")
     if DECODE not in tokenizer.get_vocab() and len(tokenizer) == vocab_size - 1:
         tokenizer.add_special_tokens({"bos_token": DECODE})
     _refuse_ids_beyond(tokenizer, source, vocab_size, "the Q-Former", "--text-tokenizer")
@@ -56,8 +56,12 @@ def write_text_tokenizer(source: Path, file: Path, vocab_size: int) -> TokenSpec
     return TokenSpec(ids["cls"], ids["pad"], (ids["sep"],), None)
 
 
-def _read(source: Path, option: str) -> Any:
-    """The tokenizer of a directory, as transformers reads it."""
+def read_tokenizer(source: Path, option: str) -> Any:
+    """The tokenizer of a directory, as transformers reads it.
+
+    Raises:
+        CheckpointError: no tokenizer there; the message names `option`.
+    """
     from transformers import AutoTokenizer
 
     hint = f"pass its directory with {option}"

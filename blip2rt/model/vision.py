@@ -55,7 +55,11 @@ class VisionEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.norm(self.features(pixel_values))
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What comes before the norm, [B, N+1, Dv]: all that stays as it is while the encoder is frozen."""
         x = self.embedding(pixel_values)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)
+        return x

@@ -1,0 +1,159 @@
+"""The stages as modules: batch in, losses out. What is wrapped for several processes is the task as a whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from ..model import Blip2, Blip2Retrieval
+from ..model.objectives import (
+    IGNORED,
+    additive_mask,
+    draw_negatives,
+    itc_loss,
+    itc_similarities,
+    itg_loss,
+    itm_loss,
+    mask_prompt,
+    opt_loss,
+    t5_loss,
+)
+from ..model.opt import OPT
+from ..model.vision import VisionEncoder
+from .texts import Batch
+
+BACKGROUND_WEIGHT = 0.3  # most patches are background, and things matter more
+
+
+class Task(nn.Module):
+    """A model and its objective. `trained`: beginnings of the names of what learns, as the paper has it."""
+
+    trained: tuple[str, ...]
+    model: nn.Module
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        """Losses by name, "loss" the one to minimise; `seed` is what random draws come from."""
+        raise NotImplementedError
+
+    def image_embeds(self, batch: Batch) -> Tensor:
+        """After the vision norm, [B, N+1, Dv]; from pictures, or from what was cached of them."""
+        vision: Any = self.model.vision
+        if "image_features" in batch:
+            return vision.norm(batch["image_features"])
+        return vision(batch["pixel_values"])
+
+
+class Contrastive(Task):
+    """Stage 1, and fine-tuning for retrieval: ITC, ITM and ITG, unweighted."""
+
+    trained = ("qformer", "text", "itm", "itg", "temperature", "vision.norm")
+
+    def __init__(self, model: Blip2Retrieval, decode_id: int):
+        super().__init__()
+        self.model, self._decode_id = model, decode_id
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        model: Any = self.model
+        image_embeds = self.image_embeds(batch)
+        ids, mask = batch["text_ids"], batch["text_mask"]
+        _, image_itc = model.qformer(image_embeds)
+        _, text_itc = model.text(ids, additive_mask(mask, image_embeds))
+        similarities = itc_similarities(image_itc.float(), text_itc.float(), model.temperature, batch["image_ids"])
+        generator = torch.Generator(ids.device).manual_seed(seed)
+        itm, _ = itm_loss(model, image_embeds, ids, mask, draw_negatives(similarities, generator))
+        losses = {
+            "itc": itc_loss(similarities),
+            "itm": itm,
+            "itg": itg_loss(model, image_embeds, ids, mask, self._decode_id),
+        }
+        return {"loss": losses["itc"] + losses["itm"] + losses["itg"], **losses}
+
+
+class Generative(Task):
+    """Stage 2, captions and questions: the language model writes the text behind picture and prompt."""
+
+    trained = ("qformer", "vision.norm")
+
+    def __init__(self, model: Blip2):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        model: Any = self.model
+        owner, image_embeds = batch["owner"], self.image_embeds(batch)
+        if "question_ids" in batch:
+            question_mask = additive_mask(batch["question_mask"], image_embeds)
+            _, prefix = model.qformer(image_embeds[owner], batch["question_ids"], question_mask)  # [R, Q, D]
+        else:
+            prefix = model.qformer(image_embeds)[1][owner]
+        ids, mask, prompt_mask = batch["text_ids"], batch["text_mask"], batch["prompt_mask"]
+        if isinstance(model.decoder, OPT):
+            labels = mask_prompt(ids, mask, prompt_mask.sum(1))
+            return {"loss": opt_loss(model.decoder, prefix, ids, labels)}
+        return {"loss": t5_loss(model, prefix, batch["prompt_ids"], prompt_mask, ids, mask)}
+
+
+class Language(Task):
+    """A language model from scratch: the next token of documents."""
+
+    trained = ("decoder",)
+
+    def __init__(self, decoder: OPT):
+        super().__init__()
+        self.model = nn.ModuleDict({"decoder": decoder})
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        labels = batch["text_ids"].masked_fill(~batch["text_mask"], IGNORED)
+        decoder: Any = self.model.decoder
+        return {"loss": opt_loss(decoder, None, batch["text_ids"], labels)}
+
+
+class Vision(Task):
+    """An image encoder from scratch: the class of every patch."""
+
+    trained = ("vision", "head")
+
+    def __init__(self, vision: VisionEncoder, num_classes: int):
+        super().__init__()
+        width = vision.norm.normalized_shape[0]
+        self.model = nn.ModuleDict({"vision": vision, "head": nn.Linear(width, num_classes)})
+        self._num_classes = num_classes
+
+    def forward(self, batch: Batch, seed: int) -> dict[str, Tensor]:
+        head: Any = self.model.head
+        logits, labels = (
+            head(self.image_embeds(batch)[:, 1:]),
+            batch["labels"],
+        )  # [B, N, classes], without the class token
+        weights = torch.where(batch["is_background"], BACKGROUND_WEIGHT, 1.0).flatten()
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.05, reduction="none")
+        hits = ((logits.argmax(2) == labels) & ~batch["is_background"]).sum() / (~batch["is_background"]).sum().clamp(
+            min=1
+        )
+        return {"loss": (losses * weights).sum() / weights.sum(), "things": hits.detach()}
+
+
+def freeze(task: Task, trained: tuple[str, ...]) -> list[str]:
+    """Let what begins with one of these names learn, and nothing else; the beginnings that name nothing."""
+    named = dict(task.model.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(any(_is_below(name, prefix) for prefix in trained))
+    return [prefix for prefix in trained if not any(_is_below(name, prefix) for name in named)]
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix.removesuffix('.')}.")
+
+
+def checkpoint_activations(task: Task) -> None:
+    """Compute every block's activations again in the backward pass instead of keeping them."""
+    for name, module in task.model.named_modules():
+        if name.rpartition(".")[0].endswith("blocks"):
+            module.forward = _recomputing(module.forward)
+
+
+def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments: checkpoint(forward, *arguments, use_reentrant=False)

@@ -1,0 +1,128 @@
+"""A training that is killed goes on to the same bits: kill -9 at random moments, against the straight run.
+
+One process imports everything and forks a child for each sitting, because imports take longer than these trainings.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+STEPS, KILLS = 12, 5
+
+DRIVER = """
+import importlib.util, json, os, signal, sys, time
+from pathlib import Path
+import torch
+
+torch.set_num_threads(1)
+spec = importlib.util.spec_from_file_location("train_program", sys.argv[1])
+program = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(program)
+
+
+def sitting(arguments, kill_after=None):
+    '''A training in a process of its own, killed as soon as its log has so many rows.'''
+    output = Path(next(a for a in arguments if a.startswith("output=")).removeprefix("output="))
+    log = output / "log.jsonl"
+    child = os.fork()
+    if not child:
+        os._exit(program.main(arguments))
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if kill_after is not None and log.exists() and log.read_bytes().count(b"\\n") >= kill_after:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+for arguments, kills in json.loads(sys.argv[2]):
+    codes = [sitting(arguments, kill) for kill in kills] + [sitting(arguments)]
+    print(json.dumps(codes), flush=True)
+"""
+
+
+def run_sittings(jobs: list[tuple[list[str], list[int]]]) -> list[list[int]]:
+    """Exit codes of the sittings of every job: arguments, and the log rows at which it is killed."""
+    command = [sys.executable, "-c", DRIVER, str(REPOSITORY / "training" / "train.py"), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def curve(run: Path) -> list[dict[str, Any]]:
+    """The log but for the time that steps took."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def newest_state(run: Path) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(max((run / "states").glob("*.pt")), weights_only=True)
+    return state
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Nested values, tensors bit by bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def common(folder: Path) -> list[str]:
+    return [
+        "optimizer.warmup_steps=3",
+        "optimizer.name=muon",
+        "optimizer.learning_rate=3e-3",
+        f"run.steps={STEPS}",
+        "run.batch_size=3",
+        "run.accumulate=2",
+        "run.workers=2",
+        "run.precision=fp32",
+        "run.save_every=2",
+        "run.log_every=1",
+        "text.max_tokens=12",
+        "--cpu",
+    ]
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_killed_trainings_go_on_to_the_same_bits(
+    stage: str, tmp_path: Path, example_pictures: Path, tiny_checkpoint: Path, tiny_retrieval_checkpoint: Path
+) -> None:
+    """Parameters, optimiser, places in the data, log and checkpoint; with augmentation, threads and accumulation."""
+    start = tiny_retrieval_checkpoint if stage == "stage1" else tiny_checkpoint
+    arguments = [
+        str(REPOSITORY / "training" / "recipes" / f"{stage}.toml"),
+        f"data=[{{format='jsonl', path='{example_pictures}/train.jsonl'}}]",
+        f"model={{start='{start}'}}",
+        *common(tmp_path),
+    ]
+    kills = sorted(random.Random(stage).sample(range(1, STEPS), KILLS))
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    codes = run_sittings([([*arguments, f"output={straight}"], []), ([*arguments, f"output={broken}"], kills)])
+    assert codes == [[0], [-9] * KILLS + [0]]
+    assert curve(straight) == curve(broken)
+    assert [row["step"] for row in curve(broken)] == list(range(1, STEPS + 1))
+    assert_same(newest_state(straight), newest_state(broken))
+    files = [run / "checkpoint" / "model.safetensors" for run in (straight, broken)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert newest_state(straight)["bad"][0] > 0  # a picture that cannot be read stands in every epoch
