@@ -41,7 +41,7 @@ def sitting(arguments, kill_after=None):
             return os.waitstatus_to_exitcode(status)
         if kill_after is not None and log.exists() and log.read_bytes().count(b"\\n") >= kill_after:
             os.kill(child, signal.SIGKILL)
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 for arguments, kills in json.loads(sys.argv[2]):
@@ -126,3 +126,46 @@ def test_killed_trainings_go_on_to_the_same_bits(
     files = [run / "checkpoint" / "model.safetensors" for run in (straight, broken)]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert newest_state(straight)["bad"][0] > 0  # a picture that cannot be read stands in every epoch
+
+
+def test_two_processes_learn_from_the_joined_batch(
+    tmp_path: Path, example_pictures: Path, tiny_retrieval_checkpoint: Path
+) -> None:
+    """Each takes every second picture; what they log is what one process logs of all of them."""
+    rows = [json.loads(line) for line in (example_pictures / "train.jsonl").read_text().splitlines()]
+    alone = [
+        row | {"image": str(example_pictures / row["image"]), "captions": [f"w{i} w9"]} for i, row in enumerate(rows)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in alone[:8]))
+    program = str(REPOSITORY / "training" / "train.py")
+    arguments = [
+        str(REPOSITORY / "training" / "recipes" / "stage1.toml"),
+        f"data=[{{format='jsonl', path='{tmp_path}/train.jsonl'}}]",
+        f"model={{start='{tiny_retrieval_checkpoint}'}}",
+        *common(tmp_path),
+        "images.augment=false",
+        "run.accumulate=1",
+        "run.steps=4",
+        "run.workers=0",
+    ]
+    port = str(random.Random(os.getpid()).randint(20_000, 60_000))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, *arguments, f"output={tmp_path}/two", "run.batch_size=4"],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+            | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert run_sittings([([*arguments, f"output={tmp_path}/one", "run.batch_size=8"], [])]) == [[0]]
+    one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    for loss in ("itc", "itg"):  # the negatives of ITM are drawn anew in each process
+        assert abs(one[0][loss] - two[0][loss]) < 1e-5
+    assert [len(part) for part in newest_state(tmp_path / "two")["positions"]] == [1, 1]
+    assert newest_state(tmp_path / "two")["positions"] == [[16], [16]]

@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     parser.add_argument("--cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--changed-recipe", action="store_true", help="go on although the recipe is another now")
     args = parser.parse_intermixed_args(argv)
     try:
-        train(read_recipe(args.recipe, args.overrides), args.cpu)
+        train(read_recipe(args.recipe, args.overrides), args.cpu, args.changed_recipe)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,14 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def train(recipe: Recipe, on_cpu: bool = False) -> None:
+def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> None:
     run, rates = recipe.run, recipe.optimizer
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only makes what is wrong show, and costs time
     accelerator = start_processes(recipe, on_cpu)
     folder = RunFolder(recipe, accelerator.num_processes)
     if accelerator.is_main_process:
-        folder.claim()
+        folder.claim(may_change)
     accelerator.wait_for_everyone()
 
     built = build(recipe)
@@ -85,7 +87,8 @@ def train(recipe: Recipe, on_cpu: bool = False) -> None:
         start = perf_counter()
         rate = learning_rate(step - 1, run.steps, rates)
         set_rate(optimizers, rate)
-        names, totals = [], {}
+        names: list[str] = []
+        totals: dict[str, Any] = {}
         for part in range(run.accumulate):
             batch = next(batches)
             names += batch.names
@@ -179,6 +182,8 @@ def stop_unless_finite(
     is_bad = (~torch.isfinite(value.detach())).float().reshape(1)
     if float(accelerator.reduce(is_bad, "sum")) == 0:
         return
+    if what == "loss" and accelerator.is_main_process:
+        folder.drop(step - 1)  # its parameters are where the numbers ended
     everywhere = [name for part in gather(accelerator, names) for name in part]
     listed = ", ".join(everywhere[:64]) + (f" and {len(everywhere) - 64} more" if len(everywhere) > 64 else "")
     raise Blip2rtError(

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import InputError
 from .captions import caption_rows, find_picture
 from .files import LISTED
@@ -35,10 +37,13 @@ class Box:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with what is said of it, or a text alone. `image`: its file, or the file's content."""
+    """One picture with what is said of it, or a text alone.
+
+    `image`: its file, the file's content, or its pixels, uint8 [h, w, 3].
+    """
 
     id: str
-    image: Path | bytes | None = None
+    image: Path | bytes | np.ndarray[Any, Any] | None = None
     captions: tuple[str, ...] = ()
     questions: tuple[tuple[str, tuple[str, ...]], ...] = ()  # with their answers
     boxes: tuple[Box, ...] = ()

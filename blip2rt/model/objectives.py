@@ -79,7 +79,8 @@ def draw_negatives(similarities: Similarities, generator: torch.Generator | None
         A picture for each text and a text for each picture, int64 [B] each, as rows of the gathered batch.
     """
     image_to_text, text_to_image = (
-        scores.float().masked_fill(similarities.same, -10000).softmax(1)
+        # where similarities are no numbers the losses say so, and multinomial would only say that it cannot draw
+        scores.float().masked_fill(similarities.same, -10000).softmax(1).nan_to_num(1)
         for scores in (similarities.image_to_text, similarities.text_to_image)
     )
     images = torch.multinomial(text_to_image, 1, generator=generator)[:, 0]

@@ -15,7 +15,7 @@ from ..errors import CheckpointError, InputError
 from ..export import read_normalisation
 from ..export.convert import COMPANIONS
 from ..model import Blip2, Blip2Config, Blip2Retrieval, Checkpoint, RetrievalConfig
-from ..model.config import OPTConfig, T5Config
+from ..model.config import ModelConfig, OPTConfig, T5Config
 from ..model.named_configs import read_config
 from ..model.names import LANGUAGE_MODEL, TRANSFORMERS, Names
 from ..model.opt import OPT
@@ -61,6 +61,7 @@ def build(recipe: Recipe) -> Built:
     """
     start = open_start(recipe.model) if recipe.model.start else None
     config_json = _config(recipe, start)
+    config: ModelConfig
     if recipe.stage in CONTRASTIVE:
         task, rows, config = _contrastive(recipe, config_json, start)
     elif recipe.stage in GENERATIVE:
@@ -182,7 +183,7 @@ def _text_tokenizer(recipe: Recipe, start: Checkpoint | None) -> Path:
 def _save(
     recipe: Recipe,
     model: nn.Module,
-    config: RetrievalConfig | Blip2Config,
+    config: ModelConfig,
     config_json: dict[str, Any],
     start: Checkpoint | None,
     directory: Path,
@@ -194,10 +195,9 @@ def _save(
         companions[_tokenizer(recipe, start)] = TOKENIZERS
     if start is not None and start.directory is not None and recipe.stage != "language":
         companions[start.directory] = (*companions.get(start.directory, ()), *PROCESSORS)
-    is_text = isinstance(config, Blip2Config)
-    kind = config.text.model_type if is_text else "opt"
-    is_gated = not (is_text and isinstance(config.text, T5Config)) or config.text.is_gated_act
-    names = Names(TRANSFORMERS, kind, config.vision.pre_norm, is_gated)
+    text = config.text if isinstance(config, Blip2Config) else OPTConfig()  # whose names no retrieval model has
+    is_gated = not isinstance(text, T5Config) or text.is_gated_act
+    names = Names(TRANSFORMERS, text.model_type, config.vision.pre_norm, is_gated)
     dtype: torch.dtype = getattr(torch, recipe.run.save_as)
     if recipe.stage == "language":
         config_json = language_model_config(config_json)

@@ -78,7 +78,7 @@ def render(
     picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
     if view.is_flipped:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    values = np.asarray(picture, np.float32) / np.float32(255)
+    values: Array = np.asarray(picture, np.float32) / np.float32(255)
     values = (values - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1)), view
 

@@ -44,19 +44,24 @@ class RunFolder:
             raise OutputError(f"the output folder {self.path} cannot be made ({error.strerror})") from error
         self._identity = _flat(recipe.to_dict()) | {"processes": processes}
 
-    def claim(self) -> None:
-        """Write the recipe into the folder, or compare it with the one that lies there."""
+    def claim(self, may_change: bool = False) -> None:
+        """Write the recipe into the folder, or compare it with the one that lies there.
+
+        Raises:
+            InputError: they differ, there is a state already, and the recipe may not change.
+            OutputError: it cannot be written.
+        """
         path = self.path / "recipe.json"
         if not path.is_file():
             self._write(path, (json.dumps(self._identity, indent=2) + "\n").encode())
             return
         old, new = json.loads(path.read_text("utf-8")), json.loads(json.dumps(self._identity))
         changed = sorted(key for key in old.keys() | new.keys() if key not in FREE and old.get(key) != new.get(key))
-        if changed and self.newest() is not None:
+        if changed and not may_change and self.newest() is not None:
             listed = ", ".join(f"{key} {old.get(key)!r} (now {new.get(key)!r})" for key in changed[:5])
             raise InputError(
-                f"{self.path} holds a training of another recipe: {listed}; choose another output, or delete it to "
-                "begin anew"
+                f"{self.path} holds a training of another recipe: {listed}; choose another output, delete it to begin "
+                "anew, or go on with --changed-recipe"
             )
         self._write(path, (json.dumps(self._identity, indent=2) + "\n").encode())
 
@@ -87,6 +92,10 @@ class RunFolder:
         for old in sorted(self._states.glob("[0-9]*.pt"))[: -self._keep]:
             old.unlink(missing_ok=True)
         return path
+
+    def drop(self, step: int) -> None:
+        """Forget the state of a step that gives no finite loss, if there is one."""
+        (self._states / f"{step:09}.pt").unlink(missing_ok=True)
 
     def load(self) -> dict[str, Any] | None:
         """The newest state; None: there is none.
