@@ -316,6 +316,24 @@ def test_captions_and_questions_share_a_picture(train: Train, stage2: Path, data
     assert all(name.endswith("weight") for name in adapted)
 
 
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_t5_trains_and_keeps_its_output_layer(
+    is_gated: bool, train: Train, tmp_path: Path, checkpoint_maker: Callable[..., Path]
+) -> None:
+    """Its configuration says that the output layer is tied whether it is or not."""
+    untied = {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu" if is_gated else "relu"}
+    start = checkpoint_maker(tmp_path / "t5", 3, "t5", **untied)
+    expected: Any = Checkpoint(start)
+    assert not expected.config.text.tie_word_embeddings
+    run = train("stage2", f"t5-{is_gated}", f"model={{start='{start}'}}", "run.log_every=1", steps=12, rate=1e-2)
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+    found = Checkpoint(run / "checkpoint")
+    names = [name for name in expected.parameter_names() if name.startswith(("encoder.", "decoder."))]
+    assert "decoder.head.lm_head.weight" in names
+    assert all(torch.equal(expected.parameter(name), found.parameter(name)) for name in names)
+
+
 def test_a_loss_that_is_no_number_stops_it(
     program: ModuleType,
     stage1: Path,

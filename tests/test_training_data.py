@@ -45,6 +45,7 @@ WRONG = {
     "format": (["data.0.format=coko"], "data.format is 'coko'"),
     "cached augmentation": (["images.cache=x"], "images.cache needs images.augment = false"),
     "cached, but learning": (["images={augment=false, cache='x'}", "model.train=['vision']"], "frozen image encoder"),
+    "no weight": (["data.1.weight=0.0"], "data.weight is 0.0, and must be above 0"),
     "lora": (["model.lora_rank=4"], "model.lora_rank is for a language model"),
     "one picture": (["run.batch_size=1"], "leaves the stage stage1 no other picture"),
     "no data": (["data=[]"], "there is no ..data.."),
@@ -58,6 +59,11 @@ def test_wrong_recipes(name: str) -> None:
     overrides, message = WRONG[name]
     with pytest.raises(InputError, match=message):
         read_recipe(RECIPES / "stage1.toml", overrides)
+
+
+def test_the_vision_norm_may_learn_behind_a_cache() -> None:
+    override = ["images={augment=false, cache='x'}", "model.train=['vision.norm', 'qformer']"]
+    read_recipe(RECIPES / "caption-lora.toml", override)
 
 
 def test_all_problems_of_a_recipe_are_listed(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from .recipe import CONTRASTIVE, GENERATIVE, Recipe
 from .saving import language_model_config, write_checkpoint
 from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_activations, freeze
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
-from .weights import fill, open_start
+from .weights import fill, is_tied, open_start
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = tuple(name for name in COMPANIONS if name not in (*PROCESSORS, "generation_config.json"))
@@ -127,6 +127,7 @@ def _generative(
     recipe: Recipe, config_json: Mapping[str, Any], start: Checkpoint | None
 ) -> tuple[Task, Rows, Blip2Config]:
     config = Blip2Config.from_transformers(config_json)
+    config = replace(config, text=replace(config.text, tie_word_embeddings=_is_tied(recipe, config, start)))
     text = LanguageText(_tokenizer(recipe, start), config.text, recipe.text)
     question = None
     if recipe.model.question_conditioned:
@@ -135,6 +136,15 @@ def _generative(
     if isinstance(config.text, T5Config):  # one embedding, which the engines hold once each
         model.decoder.embedding.token = model.encoder.embedding.token
     return Generative(model), GenerativeRows(text, recipe.data, recipe.text.per_picture, question), config
+
+
+def _is_tied(recipe: Recipe, config: Blip2Config, start: Checkpoint | None) -> bool:
+    """Whether the output layer is the token embedding: the weights know, and T5's configurations do not."""
+    if recipe.model.llm:
+        return is_tied(recipe.model.llm, config.text)
+    if start is not None and isinstance(start.config, Blip2Config):
+        return start.config.text.tie_word_embeddings
+    return config.text.tie_word_embeddings
 
 
 def _alone(recipe: Recipe, config_json: Mapping[str, Any], start: Checkpoint | None) -> tuple[Task, Rows, Blip2Config]:

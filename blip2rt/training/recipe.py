@@ -212,8 +212,9 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(f"model.question_conditioned is for the stage vqa, not {stage}")
     if recipe.images.cache and recipe.images.augment:
         found.append("images.cache needs images.augment = false: what is cached is one view of each picture")
-    if recipe.images.cache and (stage == "vision" or any("vision.norm".startswith(p) for p in model.train)):
+    if recipe.images.cache and (stage == "vision" or any(_is_encoder(part) for part in model.train)):
         found.append("images.cache needs a frozen image encoder, and here it learns")
+    found += [f"data.weight is {data.weight}, and must be above 0" for data in recipe.data if data.weight <= 0]
     kinds = {data.format for data in recipe.data}
     if "text" in kinds and (stage != "language" or len(kinds) > 1):
         found.append(f"data.format text has no pictures: it is for the stage language alone, not {stage}")
@@ -226,6 +227,11 @@ def contradictions(recipe: Recipe) -> list[str]:
     if recipe.images.cache and "webdataset" in kinds:
         found.append("images.cache is for data sets in files, and WebDataset is streamed")
     return found
+
+
+def _is_encoder(part: str) -> bool:
+    """Whether a beginning of names takes in more of the image encoder than its norm, which comes behind the cache."""
+    return part == "vision" or (part.startswith("vision.") and not part.startswith("vision.norm"))
 
 
 def _override(content: dict[str, Any], override: str) -> None:

@@ -163,6 +163,14 @@ def _language_finder(source: str, config: TextConfig) -> Find:
     return lambda name: find(name) if name.startswith(("encoder.", "decoder.")) else None
 
 
+def is_tied(llm: str, config: TextConfig) -> bool:
+    """Whether a language model's output layer is its token embedding, which files may hold twice."""
+    files = open_weight_files(find_directory(llm, "model.llm"))
+    find = _finder(files, Names(TRANSFORMERS, config.model_type), LANGUAGE_MODEL)
+    head, embedding = find("decoder.head.lm_head.weight"), find("decoder.embedding.token.weight")
+    return head is None or (embedding is not None and torch.equal(head, embedding))
+
+
 def _finder(files: list[WeightFile], names: Names, prefix: str) -> Find:
     """Tensors by our names; a file may leave out `prefix`."""
     where = {name: (file, name) for file in files for name in file.shapes}
