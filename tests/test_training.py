@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
-from blip2rt import CheckpointError, Pipeline
+from blip2rt import Pipeline
 from blip2rt.export import CLIP_MEAN, CLIP_STD, export_engine
 from blip2rt.model import Checkpoint, load_retrieval
 from blip2rt.preprocess import preprocess
@@ -284,14 +284,18 @@ def test_captions_come_out_of_the_engine(train: Train, stage2: Path, data: Path,
     assert [caption.text for caption in found] == captions()
 
 
-def test_vqa_with_the_question_in_the_qformer(train: Train, stage2: Path, tokenizers_of_64: tuple[Path, Path]) -> None:
+def test_vqa_with_the_question_in_the_qformer(
+    train: Train, stage2: Path, data: Path, tokenizers_of_64: tuple[Path, Path], tmp_path: Path
+) -> None:
     model = f"model={{start='{stage2}/checkpoint', question_conditioned=true, text_tokenizer='{tokenizers_of_64[1]}'}}"
     run = train("vqa", "", model, steps=150)
     assert last_row(run)["loss"] < 0.05
     assert_frozen(stage2, run, ["language_model.", "vision_model."])
-    assert Checkpoint(run / "checkpoint").config.qformer.use_qformer_text_input
-    with pytest.raises(CheckpointError, match="reads the question too"):
-        export_engine(run / "checkpoint")
+    pipe = Pipeline(export_engine(run / "checkpoint", tmp_path / "engine"))
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    asked = [row["questions"][0] for row in rows]
+    found = pipe.answer([data / row["image"] for row in rows], [question["question"] for question in asked])
+    assert [answer.text for answer in found] == [question["answers"][0] for question in asked]
 
 
 def test_captions_and_questions_share_a_picture(train: Train, stage2: Path, data: Path) -> None:

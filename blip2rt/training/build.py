@@ -14,6 +14,7 @@ from ..data.examples import BadRecords, Example, read_examples
 from ..errors import CheckpointError, InputError
 from ..export import read_normalisation
 from ..export.convert import COMPANIONS
+from ..export.tokenizer_files import QUESTION_FOLDER
 from ..model import Blip2, Blip2Config, Blip2Retrieval, Checkpoint, RetrievalConfig
 from ..model.config import ModelConfig, OPTConfig, T5Config
 from ..model.named_configs import read_config
@@ -131,7 +132,7 @@ def _generative(
     text = LanguageText(_tokenizer(recipe, start), config.text, recipe.text)
     question = None
     if recipe.model.question_conditioned:
-        question = BertText(_text_tokenizer(recipe, None), config.qformer.vocab_size, recipe.text.max_tokens)
+        question = BertText(_text_tokenizer(recipe, start), config.qformer.vocab_size, recipe.text.max_tokens)
     model = Blip2(config)
     if isinstance(config.text, T5Config):  # one embedding, which the engines hold once each
         model.decoder.embedding.token = model.encoder.embedding.token
@@ -185,9 +186,12 @@ def _text_tokenizer(recipe: Recipe, start: Checkpoint | None) -> Path:
     named = recipe.model.text_tokenizer or recipe.model.qformer
     if named:
         return find_directory(named, "model.text_tokenizer")
-    if start is None or start.directory is None or not isinstance(start.config, RetrievalConfig):
-        raise InputError("model.text_tokenizer must name the directory of BERT's tokenizer")
-    return start.directory
+    if start is not None and start.directory is not None:
+        is_retrieval = isinstance(start.config, RetrievalConfig)
+        own = start.directory if is_retrieval else start.directory / QUESTION_FOLDER
+        if own.is_dir():
+            return own
+    raise InputError("model.text_tokenizer must name the directory of BERT's tokenizer")
 
 
 def _save(
@@ -203,6 +207,7 @@ def _save(
         companions[_text_tokenizer(recipe, start)] = TOKENIZERS
     elif recipe.stage != "vision":
         companions[_tokenizer(recipe, start)] = TOKENIZERS
+    questions = _text_tokenizer(recipe, start) if recipe.model.question_conditioned else None
     if start is not None and start.directory is not None and recipe.stage != "language":
         companions[start.directory] = (*companions.get(start.directory, ()), *PROCESSORS)
     text = config.text if isinstance(config, Blip2Config) else OPTConfig()  # whose names no retrieval model has
@@ -216,7 +221,7 @@ def _save(
     if recipe.stage != "language":
         mean, std = read_normalisation(start.directory if start else None)
         processor = image_processor(config.vision.image_size, mean, std)
-    write_checkpoint(directory, model, names, config_json, companions, dtype, prefix, processor)
+    write_checkpoint(directory, model, names, config_json, companions, dtype, prefix, processor, questions)
 
 
 def image_processor(size: int, mean: Sequence[float], std: Sequence[float]) -> str:

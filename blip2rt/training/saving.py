@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import OutputError
+from ..export.convert import COMPANIONS
 from ..export.tensor_files import Entry, write_safetensors
+from ..export.tokenizer_files import QUESTION_FOLDER
 from ..model.names import TRANSFORMERS, Names, NoPlaceError
 from ..model.retrieval import stored_name
 from .lora import merged_parameters
@@ -28,6 +30,7 @@ def write_checkpoint(
     dtype: torch.dtype,
     prefix: str = "",
     processor: str | None = None,
+    questions: Path | None = None,
 ) -> None:
     """Replace `directory` by a checkpoint, whole or not at all.
 
@@ -40,6 +43,7 @@ def write_checkpoint(
         dtype: of the stored values.
         prefix: what is left out at the beginning of names: a language model alone has no "language_model.".
         processor: its preprocessor_config.json, where no companion brings one.
+        questions: directory of the tokenizer of a Q-Former that reads questions.
 
     Raises:
         OutputError: it cannot be written.
@@ -68,6 +72,11 @@ def write_checkpoint(
             (building / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
         ):
             (building / "preprocessor_config.json").write_text(processor, "utf-8")
+        if questions is not None:
+            (building / QUESTION_FOLDER).mkdir()
+            for file in COMPANIONS:
+                if (questions / file).is_file():
+                    shutil.copy(questions / file, building / QUESTION_FOLDER / file)
         (building / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         write_safetensors(building / "model.safetensors", _entries(tensors, dtype), lambda: None)
         if extra:
