@@ -58,7 +58,7 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
     run, rates = recipe.run, recipe.optimizer
     torch.manual_seed(recipe.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it only makes what is wrong show, and costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only makes what is wrong show, and costs time
     accelerator = start_processes(recipe, on_cpu)
     folder = RunFolder(recipe, accelerator.num_processes)
     if accelerator.is_main_process:
@@ -187,7 +187,7 @@ def stop_unless_finite(
     everywhere = [name for part in gather(accelerator, names) for name in part]
     listed = ", ".join(everywhere[:64]) + (f" and {len(everywhere) - 64} more" if len(everywhere) > 64 else "")
     raise Blip2rtError(
-        f"step {step}: the {what} is {float(value)} with the pictures {listed}: lower the learning rate, clip "
+        f"step {step}: the {what} is {float(value.detach())} with the pictures {listed}: lower the learning rate, clip "
         f"gradients, or look at the batch; the last good state is {folder.describe_newest()}"
     )
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.examples import BadRecords, Example, read_examples
+from ..data.examples import BadRecords, read_examples
+from ..data.scenes import PLACES
 from ..errors import CheckpointError, InputError
 from ..export import read_normalisation
 from ..export.convert import COMPANIONS
@@ -26,6 +27,7 @@ from ..model.weight_files import read_json
 from .lora import add_adapters
 from .recipe import CONTRASTIVE, GENERATIVE, Recipe
 from .saving import language_model_config, write_checkpoint
+from .streams import open_scenes
 from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_activations, freeze
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
 from .weights import fill, is_tied, open_start
@@ -152,8 +154,8 @@ def _alone(recipe: Recipe, config_json: Mapping[str, Any], start: Checkpoint | N
     """A part on its own: image encoder or language model."""
     config = Blip2Config.from_transformers(config_json)
     if recipe.stage == "vision":
-        rows = VisionRows(_all_examples(recipe), config.vision.image_size // config.vision.patch_size)
-        return Vision(VisionEncoder(config.vision), len(rows.names)), rows, config
+        rows = VisionRows(*_classes(recipe), config.vision.image_size // config.vision.patch_size)
+        return Vision(VisionEncoder(config.vision), rows.num_classes), rows, config
     if not isinstance(config.text, OPTConfig):
         raise InputError("the stage language trains an OPT, and the configuration's language model is T5")
     return (
@@ -163,12 +165,20 @@ def _alone(recipe: Recipe, config_json: Mapping[str, Any], start: Checkpoint | N
     )
 
 
-def _all_examples(recipe: Recipe) -> list[Example]:
-    return [
-        example
-        for data in recipe.data
-        for example in read_examples(data.format, Path(data.path), data.split, BadRecords())
-    ]
+def _classes(recipe: Recipe) -> tuple[set[str], set[str]]:
+    """Labels of backgrounds and of things in all data sets."""
+    backgrounds: set[str] = set()
+    things: set[str] = set()
+    for data in recipe.data:
+        if data.format == "jsonl":
+            for example in read_examples(data.format, Path(data.path), data.split, BadRecords()):
+                backgrounds.add(example.background)
+                things |= {box.label for box in example.boxes}
+        else:
+            backgrounds |= set(PLACES)
+            colors = open_scenes(data, recipe.seed).sprites.colors
+            things |= {f"{color} {name}" if color else name for name, found in colors.items() for color in found}
+    return backgrounds, things
 
 
 def _tokenizer(recipe: Recipe, start: Checkpoint | None) -> Path:

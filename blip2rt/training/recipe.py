@@ -12,7 +12,7 @@ from ..errors import InputError
 
 STAGES = ("vision", "language", "stage1", "retrieval", "stage2", "caption", "vqa")
 CONTRASTIVE, GENERATIVE = ("stage1", "retrieval"), ("stage2", "caption", "vqa")
-FORMATS = ("coco", "flickr30k", "vqav2", "okvqa", "jsonl", "webdataset", "text")
+FORMATS = ("coco", "flickr30k", "vqav2", "okvqa", "jsonl", "webdataset", "scenes", "crowds", "text")
 CHOICES = {
     "stage": STAGES,
     "data.format": FORMATS,
@@ -68,7 +68,10 @@ class ModelRecipe:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """One data set. `weight`: how often it is drawn from, beside the others. `prompt`: of its captions."""
+    """One data set. `weight`: how often it is drawn from, beside the others. `prompt`: of its captions.
+
+    Scenes, and crowds of things without texts, are composed on the way, of the sprites in the folder `path`.
+    """
 
     format: str
     path: str
@@ -76,6 +79,8 @@ class DataRecipe:
     weight: float = 1.0
     prompt: str = ""
     shuffle: int = 1000  # samples among which those of WebDataset are shuffled
+    styles: tuple[str, ...] = ()  # art styles of scenes; none: all
+    size: int = 112  # of scenes in pixels
 
 
 @dataclass(frozen=True)
@@ -220,12 +225,14 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(f"data.format text has no pictures: it is for the stage language alone, not {stage}")
     if stage == "language" and kinds != {"text"}:
         found.append("the stage language reads data.format text")
-    if stage == "vision" and kinds - {"jsonl"}:
-        found.append("the stage vision needs boxes, and their labels beforehand: data.format jsonl")
+    if stage == "vision" and kinds - {"jsonl", "scenes", "crowds"}:
+        found.append("the stage vision needs boxes, and their labels beforehand: data.format jsonl, scenes or crowds")
+    if stage != "vision" and "crowds" in kinds:
+        found.append(f"data.format crowds has no texts: it is for the stage vision, not {stage}")
     if stage in CONTRASTIVE and recipe.run.batch_size < 2:
         found.append(f"run.batch_size 1 leaves the stage {stage} no other picture to tell a text from")
-    if recipe.images.cache and "webdataset" in kinds:
-        found.append("images.cache is for data sets in files, and WebDataset is streamed")
+    if recipe.images.cache and kinds & {"webdataset", "scenes"}:
+        found.append("images.cache is for data sets in files, and WebDataset and scenes are streamed")
     return found
 
 

@@ -6,13 +6,16 @@ decoding a picture.
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..bulk.webdataset import expand_shards, read_shards
-from ..data.examples import BadRecords, Example, parse_row, read_examples
+from ..data.examples import BadRecords, Box, Example, parse_row, read_examples
+from ..data.scenes import Scenes, Sprites, Thing
+from ..data.scenes.targets import EXTENT
 from ..errors import Blip2rtError, InputError
 from .recipe import DataRecipe
 
@@ -114,6 +117,47 @@ class ShardStream:
                 self._bad.add(f"{item.id}: {error}")
 
 
+class SceneStream:
+    """Scenes that are composed when they are asked for, each but once: nothing can learn them by heart.
+
+    `crowds`: four to seven things that overlap, without texts.
+    """
+
+    def __init__(self, scenes: Scenes, crowds: bool, rank: int = 0, processes: int = 1, position: int = 0):
+        self.position = position
+        self._scenes, self._crowds, self._rank, self._processes = scenes, crowds, rank, processes
+
+    def __next__(self) -> Example:
+        index = self.position * self._processes + self._rank
+        self.position += 1
+        scene = self._scenes.crowd(index) if self._crowds else self._scenes.scene(index)
+        example = Example(
+            f"{'crowd' if self._crowds else 'scene'} {index}",
+            self._scenes.picture(scene),
+            boxes=tuple(map(_box, scene.things)),
+            background=scene.place,
+        )
+        if self._crowds:
+            return example
+        questions = self._scenes.questions(index, scene)
+        return replace(
+            example,
+            captions=tuple(self._scenes.captions(index, scene)),
+            questions=tuple((item.question, (item.answer,)) for item in questions),
+        )
+
+
+def _box(thing: Thing) -> Box:
+    label = f"{thing.color} {thing.name}" if thing.color else thing.name
+    radius = max(EXTENT * thing.size, 1e-3)
+    return Box(label, thing.x - radius, thing.y - radius, thing.x + radius, thing.y + radius)
+
+
+def open_scenes(source: DataRecipe, seed: int) -> Scenes:
+    """The scenes of a data set: their sprites lie in `path`, in `styles` (empty: all)."""
+    return Scenes(Sprites.open(Path(source.path), source.styles or None), source.split, seed, source.size)
+
+
 class Mixture:
     """Several streams; which one gives the next example is drawn by weight from the seed and the place."""
 
@@ -150,7 +194,9 @@ def open_streams(
     streams: list[Stream] = []
     for i, source in enumerate(data):
         position = positions[i] if positions else 0
-        if source.format == "webdataset":
+        if source.format in ("scenes", "crowds"):
+            streams.append(SceneStream(open_scenes(source, seed), source.format == "crowds", rank, processes, position))
+        elif source.format == "webdataset":
             shards = expand_shards(source.path)
             if not shards:
                 raise InputError(f"data.path {source.path} names no shard")

@@ -187,13 +187,11 @@ class LanguageRows:
 class VisionRows:
     """Pictures whose patches have a class each: that of the box they lie in, or the picture's background."""
 
-    def __init__(self, examples: Sequence[Example], side: int):
-        backgrounds = sorted({example.background for example in examples})
-        things = sorted({box.label for example in examples for box in example.boxes})
+    def __init__(self, backgrounds: set[str], things: set[str], side: int):
         self.num_backgrounds, self._side = len(backgrounds), side
-        self._backgrounds = {name: i for i, name in enumerate(backgrounds)}
-        self._things = {name: len(backgrounds) + i for i, name in enumerate(things)}
-        self.names = [*backgrounds, *things]
+        self._backgrounds = {name: i for i, name in enumerate(sorted(backgrounds))}
+        self._things = {name: len(backgrounds) + i for i, name in enumerate(sorted(things))}
+        self.num_classes = len(backgrounds) + len(things)
 
     def row(self, example: Example, source: int, draw: np.random.Generator, view: View) -> Row:
         """The row of an example."""
