@@ -157,8 +157,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.1 * noise if is_gain else 0.3 * noise)
             if name.endswith((".q.weight", ".k.weight")):  # T5's scores are not scaled: these keep them from saturating
                 parameter.mul_(0.3)
-            if name == "language_model.decoder.final_layer_norm.weight":  # T5's logits are scaled down: else all words
-                parameter.mul_(4)  # are as likely as each other, and beams full of near-ties
+            is_scaled = getattr(model.config.get_text_config(), "scale_decoder_outputs", False)
+            if name == "language_model.decoder.final_layer_norm.weight" and is_scaled:
+                parameter.mul_(4)  # else all words are as likely as each other, and beams full of near-ties
         model.get_parameter("query_tokens").normal_(generator=generator)
 
 
