@@ -18,6 +18,7 @@ from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2ForImageTextRetrieval,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -147,7 +148,7 @@ def make_retrieval_checkpoint(
     return directory
 
 
-def randomise(model: torch.nn.Module, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     """Weights large enough that pictures and texts matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -157,7 +158,7 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.1 * noise if is_gain else 0.3 * noise)
             if name.endswith((".q.weight", ".k.weight")):  # T5's scores are not scaled: these keep them from saturating
                 parameter.mul_(0.3)
-            is_scaled = getattr(model.config.get_text_config(), "scale_decoder_outputs", False)
+            is_scaled = getattr(model.config.text_config, "scale_decoder_outputs", False)
             if name == "language_model.decoder.final_layer_norm.weight" and is_scaled:
                 parameter.mul_(4)  # else all words are as likely as each other, and beams full of near-ties
         model.get_parameter("query_tokens").normal_(generator=generator)
