@@ -94,3 +94,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     for name, default, what in ServerSettings.limits():
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=type(default), default=default, help=f"{what} (default: {default})")
+    parser.add_argument("--gallery", metavar="DIR", help="a gallery of `blip2rt embed` that may be searched")
+    parser.add_argument(
+        "--pictures", metavar="DIR", help="folder that the gallery's ids are paths under: show its pictures"
+    )

@@ -141,13 +141,14 @@ def eval(arguments: argparse.Namespace) -> int:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Answer over HTTP: OpenAI's chat, the Open Inference Protocol, uploads, and a page."""
+    """Answer over HTTP: OpenAI's chat and embeddings, the Open Inference Protocol, uploads, a gallery, and a page."""
     with _extra("serve"):
         from .server.run import serve as run_server
 
     limits = {name: getattr(arguments, name) for name, _, _ in ServerSettings.limits()}
     keys = tuple(Path(arguments.api_keys).read_text().split()) if arguments.api_keys else ()
-    settings = ServerSettings(**limits, api_keys=keys, allow_hosts=tuple(arguments.allow_host))
+    folders = {name: Path(folder) for name in ("gallery", "pictures") if (folder := getattr(arguments, name))}
+    settings = ServerSettings(**limits, **folders, api_keys=keys, allow_hosts=tuple(arguments.allow_host))
     run_server(
         arguments.engine,
         host=arguments.host,

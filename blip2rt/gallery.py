@@ -145,7 +145,7 @@ class Gallery(GalleryBase):
         """
         self._filled()
         found = np.concatenate([part for _, part in cosines(self._store, text_embeds[:, None])])
-        return found[[self._row_of(identifier) for identifier in ids]]
+        return found[[self.row_of(identifier) for identifier in ids]]
 
     def image_embeds(self, identifier: Identifier) -> Array:
         """What ITM looks at in an image, [N+1, Dv] float32.
@@ -156,12 +156,27 @@ class Gallery(GalleryBase):
         """
         if self._filled().image is None:
             raise EngineError(f"{self.path} was made without image features: make it anew")
-        return self._store.row("image", self._row_of(identifier)).astype(np.float32)
+        return self._store.row("image", self.row_of(identifier)).astype(np.float32)
 
-    def _row_of(self, identifier: Identifier) -> int:
+    @property
+    def has_features(self) -> bool:
+        """Whether it keeps what ITM looks at; of an empty one: whether it will."""
+        header = self._store.header
+        return self._features if header is None else header.image is not None
+
+    def row_of(self, identifier: Identifier) -> int:
+        """Where an image lies; no other image ever gets its row, nor does it, once it is replaced.
+
+        Raises:
+            InputError: the id is not there.
+        """
         if identifier not in self._store.rows:
             raise InputError(f"{identifier!r} is not in the gallery {self.path}")
         return self._store.rows[identifier]
+
+    def id_at(self, row: int) -> Identifier | None:
+        """The id of the image in a row; None where it was replaced or removed, or never was."""
+        return self._store.ids[row] if 0 <= row < len(self._store.ids) else None
 
     def _rerank(self, token_ids: list[list[int]], rows: Array, cosines: Array) -> tuple[Array, Array]:
         """The same rows by ITM logit + cosine; the features of an image are read once for all texts."""

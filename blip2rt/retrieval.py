@@ -26,6 +26,7 @@ Array = np.ndarray[Any, Any]
 
 TEXT_BATCH = 64  # texts that go through the engine together; embeddings do not depend on it
 PAIR_BATCH = 16  # pairs likewise
+POOLINGS = ("mean", "none")
 
 
 class RetrievalEngine:
@@ -139,6 +140,18 @@ class RetrievalEngine:
 
     def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Array, Array]]:
         return padded_texts(rows, batch_size, self.manifest.tokens.pad or 0, self._tokenizer.num_positions)
+
+
+def pooled(image_embeds: Array, pooling: str) -> Array:
+    """ITC embeddings of images [I, Q, E] as they are ("none"), or one unit vector an image [I, E]: the mean's ("mean").
+
+    The mean is for stores that keep one vector an image. Its cosine with a text approximates the largest over the
+    queries, which ITC goes by.
+    """
+    if pooling == "none":
+        return image_embeds
+    mean = image_embeds.mean(axis=1, dtype=np.float64)
+    return (mean / np.maximum(np.linalg.norm(mean, axis=1, keepdims=True), 1e-12)).astype(np.float32)
 
 
 def match_probability(logits: Array) -> Array:

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from time import monotonic
@@ -15,7 +15,7 @@ from ..generative import Prompt
 from ..options import GenerationOptions, ResolvedOptions, resolve_options
 from ..pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS
 from ..results import Generation
-from .batching import GoneError, Job, QueueFullError
+from .batching import Call, GoneError, Job, QueueFullError, Task
 from .engines import Engine
 from .errors import HttpError
 from .fetching import fetch
@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "caption": CAPTION_DEFAULTS, "answer": ANSWER_DEFAULTS, "generate": GENERATE_DEFAULTS,
 }  # fmt: skip
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
+MAX_CHARACTERS = 10_000  # of a text that is embedded, far more than the models read
 LOOK_SECONDS = 0.2  # how often a request looks whether its client is still there
 
 
@@ -60,6 +61,18 @@ class Answering:
                 raise InputError(f"{name}={getattr(options, name)} is more than this server allows: {limit}")
         return options
 
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """Whether texts are few and short enough to be looked at.
+
+        Raises:
+            InputError: they are not.
+        """
+        if len(texts) > self.settings.max_texts:
+            raise InputError(f"{len(texts)} texts are more than a request may have: {self.settings.max_texts}")
+        longest = max(map(len, texts), default=0)
+        if longest > MAX_CHARACTERS:
+            raise InputError(f"a text of {longest} characters is longer than this server reads: {MAX_CHARACTERS}")
+
     async def picture(self, url: str) -> bytes:
         """The encoded picture that a URL means.
 
@@ -68,8 +81,7 @@ class Answering:
         """
         if url[:5].lower() == "data:":
             return decode_data_url(url)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, fetch, url, self.settings)
+        return await self.in_thread(lambda: fetch(url, self.settings))
 
     async def jobs(
         self, engine: Engine, pictures: Sequence[bytes], prompts: Sequence[Prompt], options: ResolvedOptions
@@ -79,42 +91,64 @@ class Answering:
         Raises:
             InputError: a wrong picture (`ImageError`).
         """
+        deadline = self.deadline()
+        pixels = await self.pixels(pictures, engine.generative.preprocess)
+        return [Job(image, prompt, options, deadline=deadline) for image, prompt in zip(pixels, prompts, strict=True)]
+
+    async def pixels(self, pictures: Sequence[bytes], preprocess: Callable[[bytes], Any]) -> list[Any]:
+        """Pictures, checked, as the `preprocess` of an engine gives them.
+
+        Raises:
+            InputError: too many, or a wrong picture (`ImageError`).
+        """
         if len(pictures) > self.settings.max_pictures:
             raise InputError(f"{len(pictures)} pictures are more than a request may have: {self.settings.max_pictures}")
-        deadline = monotonic() + self.settings.timeout
-        loop = asyncio.get_running_loop()
-        decoded = [loop.run_in_executor(self._threads, self._decode, engine, picture) for picture in pictures]
-        pixels = await asyncio.gather(*decoded)
-        return [Job(image, prompt, options, deadline) for image, prompt in zip(pixels, prompts, strict=True)]
+        return await asyncio.gather(
+            *(self.in_thread(lambda data=data: preprocess(check_picture(data, self.settings))) for data in pictures)
+        )
 
-    def _decode(self, engine: Engine, picture: bytes) -> Any:
-        return engine.pipe.preprocess(check_picture(picture, self.settings))
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives, off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def submit(self, engine: Engine, jobs: list[Job]) -> None:
-        """Let jobs wait for the engines.
+    def deadline(self) -> float:
+        """Of a request that begins now."""
+        return monotonic() + self.settings.timeout
+
+    async def call(self, request: Request, engine: Engine, work: Callable[[], Any]) -> Any:
+        """What `work` gives in the engines' thread, where the retrieval engine is asked.
+
+        Raises:
+            HttpError: as `results`.
+        """
+        [result] = await self.results(request, engine, [Call(work, deadline=self.deadline())])
+        return result
+
+    def submit(self, engine: Engine, tasks: Sequence[Task]) -> None:
+        """Let tasks wait for the engines.
 
         Raises:
             HttpError: 429, there is no room.
         """
         try:
-            engine.batcher.submit(jobs)
+            engine.batcher.submit(tasks)
         except QueueFullError:
             seconds = str(engine.batcher.retry_after())
             raise HttpError(
                 429, f"too many requests wait: try again in {seconds} s", {"retry-after": seconds}
             ) from None
 
-    async def results(self, request: Request, engine: Engine, jobs: list[Job]) -> list[Generation]:
-        """Submit jobs and wait. Where the client leaves, or the wait is cancelled, they give back their places.
+    async def results(self, request: Request, engine: Engine, tasks: Sequence[Task]) -> list[Any]:
+        """Submit tasks and wait. Where the client leaves, or the wait is cancelled, they give back their places.
 
         Raises:
             HttpError: 429, 504, or 499 where nobody is there any more to read it.
         """
-        self.submit(engine, jobs)
-        waiting = asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        self.submit(engine, tasks)
+        waiting = asyncio.gather(*(asyncio.wrap_future(task.future) for task in tasks))
         try:
             while not waiting.done():
-                left = max(job.deadline for job in jobs) - monotonic()
+                left = max(task.deadline for task in tasks) - monotonic()
                 if left <= 0:
                     raise self.too_late()
                 await asyncio.wait([waiting], timeout=min(LOOK_SECONDS, left))
@@ -124,8 +158,8 @@ class Answering:
         except GoneError:
             raise self.too_late() from None
         finally:
-            for job in jobs:
-                job.cancelled = True
+            for task in tasks:
+                task.cancelled = True
             waiting.cancel()
 
     def stream(self, engine: Engine, job: Job) -> AsyncIterator[str | Generation]:
@@ -167,7 +201,7 @@ def read_prompt(engine: Engine, task: str, text: str, options: ResolvedOptions) 
     Raises:
         InputError: it is too long, or no possible text.
     """
-    generative = engine.pipe.generative_engine
+    generative = engine.generative
     return generative.question(text, options) if task == "answer" else generative.prompt(text, options)
 
 

@@ -2,13 +2,14 @@
 
 A batch is what waits when the engines become free, at most `max_batch` pictures: they are encoded together, and decoded
 together where their options are equal. A request joins at the next batch, not at the next step: the decoder's cache is
-laid out when a batch begins. A client that leaves frees its row at the next step.
+laid out when a batch begins. A client that leaves frees its row at the next step. What the retrieval engine is asked
+(`Call`) waits in the same queue, and goes before the texts of its batch.
 """
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from time import monotonic
@@ -35,24 +36,37 @@ class GoneError(Exception):
     """The client has left, or the time was up, before there was an answer."""
 
 
-@dataclass(eq=False)
-class Job:
-    """One picture with one prompt."""
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """Something that waits for the engines."""
 
-    pixels: Array  # [3, S, S]
-    prompt: Prompt
-    options: ResolvedOptions
     deadline: float  # by `monotonic`
-    on_text: Callable[[str], None] | None = None  # called in the engines' thread with every new piece of the text
-    given: str = ""  # the text that `on_text` was told
     cancelled: bool = False
-    future: "Future[Generation]" = field(default_factory=Future)
+    future: "Future[Any]" = field(default_factory=Future)
     arrived: float = field(default_factory=monotonic)
 
     @property
     def is_gone(self) -> bool:
         """Nobody waits for the answer any more."""
         return self.cancelled or monotonic() > self.deadline
+
+
+@dataclass(eq=False)
+class Job(Task):
+    """One picture with one prompt; its future becomes a `Generation`."""
+
+    pixels: Array  # [3, S, S]
+    prompt: Prompt
+    options: ResolvedOptions
+    on_text: Callable[[str], None] | None = None  # called in the engines' thread with every new piece of the text
+    given: str = ""  # the text that `on_text` was told
+
+
+@dataclass(eq=False)
+class Call(Task):
+    """Anything else that only the engines' thread does; its future becomes what `work` gives."""
+
+    work: Callable[[], Any]
 
 
 class _Watched(Search):
@@ -86,26 +100,26 @@ class Batcher:
     def __init__(self, pipe: Pipeline, max_batch: int, max_queue: int, metrics: Metrics):
         self.pipe = pipe
         self._max_batch, self._max_queue, self._metrics = max_batch, max_queue, metrics
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[Task] = deque()
         self._changed = threading.Condition()
         self._closing = False
         self._rate = 1.0  # pictures a second, lately
         self._thread = threading.Thread(target=self._work, name="engines", daemon=True)
         self._thread.start()
 
-    def submit(self, jobs: list[Job]) -> None:
-        """Let jobs wait for the engines, all or none of them.
+    def submit(self, tasks: Sequence[Task]) -> None:
+        """Let tasks wait for the engines, all or none of them.
 
         Raises:
             QueueFullError: there is no room.
         """
         with self._changed:
             self._drop_gone()
-            if self._waiting and len(self._waiting) + len(jobs) > self._max_queue:
+            if self._waiting and len(self._waiting) + len(tasks) > self._max_queue:
                 raise QueueFullError
-            for job in jobs:
-                job.future.set_running_or_notify_cancel()  # from now on only this thread ends it
-            self._waiting.extend(jobs)
+            for task in tasks:
+                task.future.set_running_or_notify_cancel()  # from now on only this thread ends it
+            self._waiting.extend(tasks)
             self._metrics.queue.set(len(self._waiting))
             self._changed.notify()
 
@@ -122,14 +136,14 @@ class Batcher:
 
     def _drop_gone(self) -> None:
         """Those that left free their place at once, not when their turn comes."""
-        for job in [job for job in self._waiting if job.is_gone]:
-            self._waiting.remove(job)
-            self._give_up(job)
+        for task in [task for task in self._waiting if task.is_gone]:
+            self._waiting.remove(task)
+            self._give_up(task)
         self._metrics.queue.set(len(self._waiting))
 
-    def _give_up(self, job: Job) -> None:
+    def _give_up(self, task: Task) -> None:
         self._metrics.cancelled.inc()
-        job.future.set_exception(GoneError())
+        task.future.set_exception(GoneError())
 
     def _work(self) -> None:
         while True:
@@ -144,13 +158,31 @@ class Batcher:
                 batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
                 self._metrics.queue.set(len(self._waiting))
             start = monotonic()
-            for job in batch:
-                self._metrics.waited.observe(start - job.arrived)
-            self._answer(batch)
+            for task in batch:
+                self._metrics.waited.observe(start - task.arrived)
+            for task in batch:
+                if isinstance(task, Call):
+                    self._call(task)
+            self._answer([task for task in batch if isinstance(task, Job)])
             self._rate = 0.8 * self._rate + 0.2 * len(batch) / max(monotonic() - start, 1e-6)
+
+    def _call(self, call: Call) -> None:
+        """Its result or its error; never raises."""
+        if call.is_gone:
+            self._give_up(call)
+            return
+        try:
+            result = call.work()
+        except Exception as error:
+            LOG.exception("a call failed")
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(result)
 
     def _answer(self, batch: list[Job]) -> None:
         """Results or errors for all jobs of a batch; never raises."""
+        if not batch:
+            return
         try:
             self._run(batch)
         except Exception as error:

@@ -3,12 +3,17 @@
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ..errors import Blip2rtError
+from ..errors import Blip2rtError, EngineError
+from ..gallery import Gallery
+from ..generative import GenerativeEngine
+from ..manifest import GENERATIVE, RETRIEVAL
 from ..pipeline import Pipeline
+from ..retrieval import RetrievalEngine
 from .batching import Batcher
+from .errors import HttpError
 from .metrics import Metrics
 from .settings import ServerSettings
 
@@ -16,13 +21,56 @@ LOG = logging.getLogger("blip2rt.server")
 
 
 class Engine:
-    """An open engine directory, and those who use it just now."""
+    """What is open: a generative engine, a retrieval engine or both, perhaps a gallery; and those who use it just now.
 
-    def __init__(self, pipe: Pipeline, settings: ServerSettings, metrics: Metrics):
+    Attributes:
+        names: of the models, by kind; `name` is the first's.
+    """
+
+    def __init__(self, pipe: Pipeline, gallery: Gallery | None, settings: ServerSettings, metrics: Metrics):
         self.pipe = pipe
+        self.names = {pipe.manifest.kind: pipe.manifest.name}
+        with suppress(EngineError):
+            self.names.setdefault(RETRIEVAL, pipe.retrieval_engine.manifest.name)
         self.name = pipe.manifest.name
+        self._gallery = gallery
         self.batcher = Batcher(pipe, settings.max_batch, settings.max_queue, metrics)
         self.users = 0
+
+    @property
+    def generative(self) -> GenerativeEngine:
+        """The engine that writes.
+
+        Raises:
+            HttpError: 400, there is none.
+        """
+        if GENERATIVE not in self.names:
+            raise HttpError(400, f"{self.name} compares pictures with texts and writes none: ask a generative engine")
+        return self.pipe.generative_engine
+
+    @property
+    def retrieval(self) -> RetrievalEngine:
+        """The engine that compares.
+
+        Raises:
+            HttpError: 400, there is none.
+        """
+        if RETRIEVAL not in self.names:
+            raise HttpError(
+                400, f"{self.name} has no ITC and ITM heads: its operator can serve a retrieval engine beside it"
+            )
+        return self.pipe.retrieval_engine
+
+    @property
+    def gallery(self) -> Gallery:
+        """The pictures that can be searched.
+
+        Raises:
+            HttpError: 404, the operator named none.
+        """
+        if self._gallery is None:
+            raise HttpError(404, "this server has no gallery: its operator names one with --gallery DIR")
+        return self._gallery
 
 
 class Engines:
@@ -34,7 +82,7 @@ class Engines:
         """Open the engine.
 
         Raises:
-            EngineError: as `Pipeline`.
+            EngineError: as `Pipeline` and `Gallery`; the gallery is empty.
         """
         self._path, self._name, self._threads = path, name, threads
         self._settings, self._metrics = settings, metrics
@@ -44,8 +92,12 @@ class Engines:
 
     def _open(self) -> Engine:
         pipe = Pipeline(self._path, name=self._name, threads=self._threads)
-        _ = pipe.generative_engine  # an error where there is none
-        return Engine(pipe, self._settings, self._metrics)
+        gallery = None
+        if self._settings.gallery is not None:
+            gallery = Gallery(self._settings.gallery, pipe)
+            if not len(gallery):
+                raise EngineError(f"the gallery {gallery.path} is empty: add pictures to it with `blip2rt embed`")
+        return Engine(pipe, gallery, self._settings, self._metrics)
 
     @contextmanager
     def use(self) -> Iterator[Engine]:

@@ -68,6 +68,7 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
         """Caption, answer or follow instructions."""
         with engines.use() as engine:
             _named(engine, model, version)
+            _ = engine.generative  # an error where there is none
             content, tail = _split(await request.body(), request.headers.get(HEADER_LENGTH))
             inputs = _inputs(content, tail)
             parameters = _object(content.get("parameters", {}), "parameters")

@@ -8,7 +8,7 @@ stand before it. A picture alone is captioned. `temperature` above 0 samples, ot
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
@@ -92,26 +92,31 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
     """The routes under /v1."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
 
-    def model_row(engine: Engine) -> dict[str, Any]:
-        return {"id": engine.name, "object": "model", "created": 0, "owned_by": "blip2rt"}
+    def model_row(kind: str, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": 0, "owned_by": "blip2rt", "kind": kind}
 
     @routes.get("/models")
     async def models() -> dict[str, Any]:
-        """The engine that answers now."""
-        return {"object": "list", "data": [model_row(engines.current)]}
+        """What answers now: a `generative` model chats, a `retrieval` model embeds."""
+        return {"object": "list", "data": [model_row(*pair) for pair in engines.current.names.items()]}
 
     @routes.get("/models/{model}")
     async def model(model: str) -> dict[str, Any]:
         """One model."""
-        return model_row(_named(engines.current, model))
+        names = engines.current.names
+        kind = next((kind for kind, name in names.items() if name == model), None)
+        if kind is None:
+            raise no_model(model, names.values())
+        return model_row(kind, model)
 
     @routes.post("/chat/completions")
     async def chat(chat: ChatRequest, request: Request) -> Response:
         """Ask about a picture."""
         with ExitStack() as stack:
             engine = stack.enter_context(engines.use())
-            _named(engine, chat.model)
-            generative = engine.pipe.generative_engine
+            generative = engine.generative
+            if chat.model != engine.name:
+                raise no_model(chat.model, [engine.name])
             url, text, question = _conversation(chat.messages, generative.question_template)
             options = answering.options("generate", _options(chat))
             prompt = generative.prompt(text, options, question)
@@ -128,10 +133,9 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
     return routes
 
 
-def _named(engine: Engine, name: str) -> Engine:
-    if name != engine.name:
-        raise HttpError(404, f"there is no model {name[:100]!r} here, only {engine.name!r}")
-    return engine
+def no_model(name: str, there: Iterable[str]) -> HttpError:
+    """What a client is told that asks for another model than there is."""
+    return HttpError(404, f"there is no model {name[:100]!r} here, only {', '.join(map(repr, there))}")
 
 
 def _conversation(messages: list[ChatMessage], template: str) -> tuple[str, str, str | None]:
@@ -193,7 +197,7 @@ def _is_openai(name: str) -> bool:
 
 def _usage(job: Job, engine: Engine, result: Generation) -> dict[str, int]:
     """The picture counts with its query slots."""
-    prompt = engine.pipe.generative_engine.num_queries + len(job.prompt.ids)
+    prompt = engine.generative.num_queries + len(job.prompt.ids)
     completion = sum(len(row.token_ids) for row in (result, *result.alternatives))
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
@@ -201,7 +205,7 @@ def _usage(job: Job, engine: Engine, result: Generation) -> dict[str, int]:
 def _logprobs(engine: Engine, result: Generation) -> dict[str, Any]:
     rows = []
     for token_id, logprob in zip(result.token_ids, result.token_logprobs, strict=True):
-        token = engine.pipe.generative_engine.tokenizer.decode([token_id])
+        token = engine.generative.tokenizer.decode([token_id])
         rows.append({"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []})
     return {"content": rows, "refusal": None}
 

@@ -1,11 +1,13 @@
 "use strict";
 // One picture at a time. Captions and answers stream from /v1/chat/completions; alternatives come from /caption.
+// The gallery, where the server has one, is searched by /search; a picture that is found can be asked about in turn.
 
 const $ = (id) => document.getElementById(id);
 const MAX_SIDE = 1024; // pixels: the model sees far fewer, and phones send large pictures
 let model = null;
 let picture = null; // {url: data URL, blob}
 let running = null; // AbortController of the request under way
+let searching = null; // that of the search under way
 
 function headers(more = {}) {
   const key = $("key").value.trim();
@@ -29,10 +31,20 @@ async function checked(response) {
   throw new Error(message);
 }
 
-async function loadModel() {
+// What this server has: a model that writes, a gallery to search, or both.
+async function look() {
   const response = await checked(await fetch("/v1/models", { headers: headers() }));
-  model = (await response.json()).data[0].id;
-  $("model").textContent = model;
+  const models = (await response.json()).data;
+  model = models.find((row) => row.kind === "generative")?.id ?? null;
+  $("model").textContent = models.map((row) => row.id).join(", ");
+  $("ask-about").hidden = !model;
+  const gallery = await fetch("/gallery", { headers: headers() });
+  $("gallery").hidden = !gallery.ok;
+  if (gallery.ok) {
+    const count = (await gallery.json()).pictures;
+    $("gallery-size").textContent = `${count.toLocaleString()} ${count === 1 ? "picture" : "pictures"}`;
+  }
+  showError("");
 }
 
 // Scale down and turn upright in the browser; what it cannot read goes to the server as it is.
@@ -95,7 +107,6 @@ async function run(target, action) {
   $("more").disabled = $("send").disabled = true;
   target.classList.add("busy");
   try {
-    if (!model) await loadModel();
     await action(mine.signal);
     if (!target.textContent.trim()) target.textContent = "(no text)";
   } catch (error) {
@@ -159,6 +170,64 @@ async function ask(event) {
   $("question").focus();
 }
 
+// Pictures are fetched, not linked: a link could not carry the key.
+async function showFound(row, signal) {
+  const item = document.createElement("li");
+  const figure = document.createElement("figure");
+  const caption = document.createElement("figcaption");
+  caption.textContent = `${row.score.toFixed(3)} ${row.id}`;
+  figure.append(caption);
+  item.append(figure);
+  $("found").append(item);
+  if (!row.picture) return;
+  const response = await fetch(row.picture, { headers: headers(), signal });
+  if (!response.ok) return; // its name has to do
+  const blob = await response.blob();
+  const image = document.createElement("img");
+  image.alt = String(row.id);
+  image.src = URL.createObjectURL(blob);
+  image.onload = () => URL.revokeObjectURL(image.src);
+  if (model) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.title = "Caption this picture";
+    button.append(image);
+    button.addEventListener("click", () => {
+      $("drop").scrollIntoView({ block: "nearest" });
+      take(new File([blob], String(row.id), { type: blob.type }));
+    });
+    figure.prepend(button);
+  } else {
+    figure.prepend(image);
+  }
+}
+
+// A new search ends the old one.
+async function search(event) {
+  event.preventDefault();
+  const text = $("wanted").value.trim();
+  if (!text) return;
+  searching?.abort();
+  const mine = (searching = new AbortController());
+  showError("");
+  $("found").replaceChildren();
+  $("search-status").textContent = "searching";
+  $("search-status").classList.add("busy");
+  try {
+    const query = new URLSearchParams({ text, k: 24 });
+    const response = await checked(await fetch(`/search?${query}`, { headers: headers(), signal: mine.signal }));
+    const rows = (await response.json()).results;
+    $("search-status").textContent = `${rows.length} found, best first`;
+    await Promise.all(rows.map((row) => showFound(row, mine.signal)));
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    $("search-status").textContent = "";
+    showError(error instanceof TypeError ? "the server cannot be reached" : error.message);
+  } finally {
+    if (searching === mine) $("search-status").classList.remove("busy");
+  }
+}
+
 const drop = $("drop");
 $("file").addEventListener("change", (event) => take(event.target.files[0]));
 for (const name of ["dragenter", "dragover"]) {
@@ -171,9 +240,11 @@ document.addEventListener("dragleave", () => drop.classList.remove("over"));
 document.addEventListener("drop", (event) => {
   event.preventDefault();
   drop.classList.remove("over");
-  take(event.dataTransfer.files[0]);
+  if (model) take(event.dataTransfer.files[0]);
 });
-document.addEventListener("paste", (event) => take([...event.clipboardData.files][0]));
+document.addEventListener("paste", (event) => model && take([...event.clipboardData.files][0]));
 $("more").addEventListener("click", alternatives);
 $("ask").addEventListener("submit", ask);
-loadModel().catch((error) => showError(error.message));
+$("search").addEventListener("submit", search);
+$("key").addEventListener("change", () => look().catch((error) => showError(error.message)));
+look().catch((error) => showError(error.message));
