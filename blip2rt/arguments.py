@@ -64,11 +64,16 @@ def add_bulk(parser: argparse.ArgumentParser) -> None:
         "of them, 'pipe:COMMAND'",
     )
     parser.add_argument("--output", required=True, metavar="DEST", help="a file, or a folder, by --format")
-    parser.add_argument("--format", help="jsonl, csv, parquet, webdataset or sidecar (default: DEST's ending)")
-    parser.add_argument("--task", default="caption", help="caption (the default), answer or generate")
+    parser.add_argument("--format", help="jsonl, csv, parquet, webdataset, sidecar; npy (default: DEST's ending)")
+    parser.add_argument("--task", default="caption", help="caption (the default), answer, generate, embed or match")
     parser.add_argument("--prompt", help="for all pictures (default: a column 'prompt'; for captions 'a photo of')")
     parser.add_argument("--question", help="for all pictures (default: a column 'question')")
-    parser.add_argument("--text-column", metavar="NAME", help="column with a question or prompt for every picture")
+    parser.add_argument("--text", help="match: for all pictures (default: a column 'text')")
+    parser.add_argument("--text-column", metavar="NAME", help="column with a question, prompt or text for each picture")
+    parser.add_argument(
+        "--min-itm", type=float, metavar="P", help="drop captions that ITM finds less probable (0 to 1)"
+    )
+    parser.add_argument("--pooling", default="mean", help="embed: mean (the default), one vector a picture, or none")
     parser.add_argument("--image-column", metavar="NAME", help="column with the picture: its path, or its bytes")
     parser.add_argument("--id-column", metavar="NAME", help="column that names a row (default: 'id', else the picture)")
     parser.add_argument("--extension", default=".txt", help="of sidecar files (default: .txt)")
@@ -91,10 +96,10 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-host", action="append", default=[], metavar="HOST", help="fetch pictures by URL from this host as well"
     )
-    for name, default, what in ServerSettings.limits():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=type(default), default=default, help=f"{what} (default: {default})")
     parser.add_argument("--gallery", metavar="DIR", help="a gallery of `blip2rt embed` that may be searched")
     parser.add_argument(
         "--pictures", metavar="DIR", help="folder that the gallery's ids are paths under: show its pictures"
     )
+    for name, default, what in ServerSettings.limits():
+        option = "--" + name.replace("_", "-")
+        parser.add_argument(option, type=type(default), default=default, help=f"{what} (default: {default})")

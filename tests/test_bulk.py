@@ -342,7 +342,7 @@ def test_a_picture_that_kills_its_worker(tiny_pipeline: Pipeline, folder: Path) 
     entries: list[tuple[int, Any]] = [(i, Path(folder, "p.00.png")) for i in range(20)]
     entries[5] = (5, Killer())
     entries[9] = (9, None)
-    decoders = Decoders(tiny_pipeline.manifest.image, 1)
+    decoders = Decoders([tiny_pipeline.manifest.image], 1)
     try:
         found = dict(decoders.run(entries))
     finally:
@@ -351,7 +351,7 @@ def test_a_picture_that_kills_its_worker(tiny_pipeline: Pipeline, folder: Path) 
     assert "killed the process" in str(found.pop(5))
     assert found.pop(9) is None
     expected = tiny_pipeline.preprocess(folder / "p.00.png")
-    assert all(isinstance(pixels, np.ndarray) and np.array_equal(pixels, expected) for pixels in found.values())
+    assert all(isinstance(p, tuple) and np.array_equal(p[0], expected) for p in found.values())
 
 
 def test_wrong_rows_are_listed(folder: Path, bulk: Callable[..., BulkReport], tmp_path: Path) -> None:

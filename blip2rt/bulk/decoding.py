@@ -17,7 +17,8 @@ from ..manifest import ImageSpec
 from ..preprocess import ImageSource, preprocess
 
 Array = np.ndarray[Any, Any]
-Decoded = Array | str  # pixel values [3, S, S], or why there are none
+Pixels = tuple[Array, ...]  # pixel values [3, S, S] of a picture, for every engine that looks at it
+Decoded = Pixels | str  # or why there are none
 Entry = TypeVar("Entry")
 CHUNK = 8  # pictures that go to a worker together
 CHUNKS_AHEAD = 3  # for every worker
@@ -26,9 +27,9 @@ CHUNKS_AHEAD = 3  # for every worker
 class Decoders:
     """Worker processes that decode. One that dies of a picture takes no other picture with it."""
 
-    def __init__(self, spec: ImageSpec, num_workers: int):
-        """`num_workers`: processes; 0: decode in this one."""
-        self._spec, self._num_workers = spec, num_workers
+    def __init__(self, specs: Sequence[ImageSpec], num_workers: int):
+        """`specs`: what engines want of a picture; `num_workers`: processes; 0: decode in this one."""
+        self._specs, self._num_workers = tuple(specs), num_workers
         self._pool = self._start(num_workers) if num_workers else None
 
     def run(self, entries: Iterable[tuple[Entry, ImageSource | None]]) -> Iterator[tuple[Entry, Decoded | None]]:
@@ -55,17 +56,17 @@ class Decoders:
         if self._pool is None or not sources:
             return None
         try:
-            return self._pool.submit(decode, self._spec, sources)
+            return self._pool.submit(decode, self._specs, sources)
         except BrokenProcessPool:  # an earlier picture's doing, which `_collect` comes to in its turn
             self._pool = self._start(self._num_workers)
-            return self._pool.submit(decode, self._spec, sources)
+            return self._pool.submit(decode, self._specs, sources)
 
     def _collect(
         self, chunk: list[tuple[Entry, ImageSource | None]], future: "Future[list[Decoded]] | None"
     ) -> Iterator[tuple[Entry, Decoded | None]]:
         sources = [source for _, source in chunk if source is not None]
         try:
-            decoded = iter(future.result() if future else decode(self._spec, sources))
+            decoded = iter(future.result() if future else decode(self._specs, sources))
         except BrokenProcessPool:  # by one of these, or by one of another chunk
             decoded = iter(self._decode_apart(sources))
         for entry, source in chunk:
@@ -75,19 +76,19 @@ class Decoders:
         """In a process of their own, and if they kill this one as well, each in one of its own."""
         with self._start(1) as pool:
             try:
-                return pool.submit(decode, self._spec, sources).result()
+                return pool.submit(decode, self._specs, sources).result()
             except BrokenProcessPool:
                 if len(sources) > 1:
                     return [found for source in sources for found in self._decode_apart([source])]
                 return ["decoding it killed the process (out of memory, or a fault in a codec): replace it"]
 
 
-def decode(spec: ImageSpec, sources: Sequence[ImageSource]) -> list[Decoded]:
+def decode(specs: Sequence[ImageSpec], sources: Sequence[ImageSource]) -> list[Decoded]:
     """Pixel values of pictures, or the reasons why there are none. What a worker does."""
     decoded: list[Decoded] = []
     for source in sources:
         try:
-            decoded.append(preprocess(source, spec.size, spec.mean, spec.std))
+            decoded.append(tuple(preprocess(source, spec.size, spec.mean, spec.std) for spec in specs))
         except ImageError as error:
             decoded.append(error.reason)
     return decoded

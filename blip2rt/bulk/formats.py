@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,14 @@ from ..errors import InputError
 from .journal import forget
 from .sinks import CsvSink, JsonlSink, ParquetSink, SidecarSink, Sink, WebDatasetSink, telling
 from .sources import PICTURE_ENDINGS
+from .vectors import NpySink
 
-FORMATS = ("jsonl", "csv", "parquet", "webdataset", "sidecar")
+FORMATS = ("jsonl", "csv", "parquet", "webdataset", "sidecar", "npy")
 FILE_FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-FOLDER_FILES = {"parquet": r"\.?part-\d+\.parquet(\.writing)?", "webdataset": r"shard-\d+\.tar", "sidecar": r"(?!)"}
+FOLDER_FILES = {
+    "parquet": r"\.?part-\d+\.parquet(\.writing)?", "webdataset": r"shard-\d+\.tar", "sidecar": r"(?!)",
+    "npy": r"embeddings\.npy|ids\.jsonl",
+}  # fmt: skip
 JOURNAL = ".blip2rt"  # in a folder of outputs, or the ending of what lies beside a file
 ERRORS = "errors.jsonl"  # in a folder it begins with "_", which readers of parquet folders pass over
 
@@ -84,8 +89,9 @@ def open_sink(
     journal: Path,
     state: Any,
     *,
-    text_name: str | None,
+    columns: Mapping[str, str],
     num_alternatives: int,
+    rows_per_file: int | None,
     extension: str,
     field: str,
 ) -> Sink:
@@ -96,16 +102,15 @@ def open_sink(
         output: where to.
         journal: the journal's folder.
         state: what the sink said last, None at first.
-        text_name: "question" or "prompt", where one comes with every picture.
+        columns: of a table, names and kinds.
         num_alternatives: how many other texts a row has.
+        rows_per_file: of parquet; None: as usual.
         extension: of sidecar files.
         field: of the members that are added to WebDataset samples.
 
     Raises:
         OutputError: it cannot be written, or holds less than `state` says.
     """
-    columns = {"id": "text"} | ({text_name: "text"} if text_name else {})
-    columns |= {"text": "text", "score": "number", "finish_reason": "text"}
     if chosen in FOLDER_FILES:
         with telling(output):
             output.mkdir(parents=True, exist_ok=True)
@@ -113,10 +118,12 @@ def open_sink(
         case "jsonl":
             return JsonlSink(output, state)
         case "csv":
-            return CsvSink(output, state, columns, num_alternatives)
+            flat = [name for name, kind in columns.items() if kind in ("text", "number")]
+            return CsvSink(output, state, flat, num_alternatives)
         case "parquet":
-            columns |= {"token_ids": "integers", "token_logprobs": "numbers", "alternatives": "alternatives"}
-            return ParquetSink(output, state, journal, columns)
+            return ParquetSink(output, state, journal, columns, rows_per_file)
+        case "npy":
+            return NpySink(output, state)
         case "webdataset":
             return WebDatasetSink(output, state, field)
         case _:

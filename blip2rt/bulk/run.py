@@ -1,56 +1,41 @@
 """START HERE: the loop over a collection, from items to rows."""
 
-import hashlib
-import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from ..errors import Blip2rtError, InputError
 from ..inputs import BATCH_SIZE
-from ..options import GenerationOptions, resolve_options
-from ..pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
+from ..pipeline import Pipeline
 from ..preprocess import ImageSource
 from ..progress import Progress
-from ..results import Generation
-from ..tokenizer import CAPTION_PROMPT
-from .decoding import Array, Decoded, Decoders
-from .formats import errors_file, open_sink, output_folder, pick_format, start_anew
+from .decoding import Decoded, Decoders, Pixels
+from .formats import FORMATS, errors_file, open_sink, output_folder, pick_format, start_anew
 from .items import Item
 from .journal import Journal, Key
 from .sinks import AppendedFile, Row, Sink, json_line
 from .sources import Columns, Source
+from .tasks import FORMATS_WITHOUT_TEXT, TEXT_NAMES, TaskSettings, check_settings, open_task, text_for_all
 from .webdataset import MAX_SAMPLE
 
 COMMIT_SECONDS = 1.0  # work that a kill may cost
 LOG_SECONDS = 60.0
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "caption": CAPTION_DEFAULTS,
-    "answer": ANSWER_DEFAULTS,
-    "generate": GENERATE_DEFAULTS,
-}
-TEXT_NAMES = {"caption": "prompt", "answer": "question", "generate": "prompt"}  # what a task calls its text
 
 
 @dataclass(frozen=True)
-class BulkJob:
+class BulkJob(TaskSettings):
     """What is to be done; all that the output depends on, and a few things that only make it faster."""
 
     source: str
     output: Path
-    task: str = "caption"  # "caption", "answer", "generate"
-    text: str | None = None  # the question or prompt for all; None: the column's, or "a photo of" for captions
     columns: Columns = field(default_factory=Columns)
-    options: GenerationOptions = field(default_factory=GenerationOptions)
-    format: str | None = None  # "jsonl", "csv", "parquet", "webdataset", "sidecar"; None: by the output's ending
+    format: str | None = None  # "jsonl", "csv", "parquet", "webdataset", "sidecar", "npy"; None: by the output's ending
     extension: str = ".txt"  # of sidecar files
-    strip_prefixes: Sequence[str] = ()  # taken off the beginning of a text, whatever their case
     workers: int | None = None  # processes that decode; None: one for every two cores; 0: decode in this process
     batch_size: int = BATCH_SIZE
     force: bool = False  # throw an output away that is there, and begin anew
@@ -107,29 +92,28 @@ def run_bulk(
 
 class _Run:
     def __init__(self, job: BulkJob, engine: str | Path, name: str | None, threads: int | None):
-        if job.task not in DEFAULTS:
-            raise InputError(f"task {job.task!r} is none of {', '.join(DEFAULTS)}")
         for option, value, least in (("workers", job.workers, 0), ("batch_size", job.batch_size, 1)):
             if value is not None and value < least:
                 raise InputError(f"{option} must be a whole number of at least {least}, not {value}")
         self.job = job
-        options = resolve_options(DEFAULTS[job.task], job.options, {})
-        self.text, columns = _text_and_columns(job)
+        task_settings, text_column = text_for_all(check_settings(job), job.columns.text)
+        self.text, columns = task_settings.text, replace(job.columns, text=text_column)
         self.source = Source(job.source, columns)
         chosen = pick_format(job.format, job.output, job.extension)
-        self.pipe = Pipeline(engine, name=name, threads=threads)
-        _ = self.pipe.generative_engine  # an error where there is none
+        possible = FORMATS_WITHOUT_TEXT.get(job.task)
+        if (chosen == "npy" and possible is None) or chosen not in (possible or (chosen,)):
+            raise InputError(
+                f"--format {chosen} has no place for what the task {job.task!r} gives: pass --format "
+                + ", ".join(possible or (known for known in FORMATS if known != "npy"))
+            )
+        self.task = open_task(task_settings, Pipeline(engine, name=name, threads=threads))
         self.text_column = columns.text and TEXT_NAMES[job.task]
         settings = {
-            "task": job.task,
-            "text": self.text,
-            **asdict(options),
-            "strip_prefixes": list(job.strip_prefixes),
+            **self.task.as_dict(),
             "source": self.source.name,
             **{f"{name}_column": value for name, value in asdict(columns).items()},
             "format": chosen,
             "extension": job.extension if chosen == "sidecar" else None,
-            "engine": f"{self.pipe.manifest.name}, {_engine_hash(self.pipe)}",
         }
         folder = output_folder(job.output, chosen)
         if job.force:
@@ -142,15 +126,18 @@ class _Run:
                 job.output,
                 folder,
                 state.get("sink"),
-                text_name=self.text_column,
-                num_alternatives=options.num_return_sequences - 1,
+                columns={"id": "text"}
+                | ({self.text_column: "text"} if self.text_column else {})
+                | dict(self.task.columns()),
+                num_alternatives=self.task.num_alternatives,
+                rows_per_file=self.task.rows_per_file,
                 extension=job.extension,
                 field=job.task,
             )
             self.errors = AppendedFile(errors_file(job.output, chosen), state.get("errors", 0))
             cores = len(os.sched_getaffinity(0))
             workers = max(1, cores // 2) if job.workers is None else job.workers
-            self.decoders = Decoders(self.pipe.manifest.image, workers)
+            self.decoders = Decoders(self.task.images(), workers)
         except BaseException:
             self.journal.close()
             raise
@@ -171,7 +158,7 @@ class _Run:
         self.progress = Progress("pictures", self.source.count(), LOG_SECONDS)
         try:
             for batch, features in self._encoded(self._batches(self.decoders.run(self._entries()))):
-                self._write(batch, self._generate(batch, features))
+                self._write(batch, self._answer(batch, features))
                 self.progress.advance(len(batch))
                 if monotonic() - self._committed > COMMIT_SECONDS:
                     self._commit()
@@ -227,9 +214,11 @@ class _Run:
                 "is done stays done"
             )
 
-    def _batches(self, entries: Iterator[tuple[_Entry, Decoded | None]]) -> Iterator[list[tuple[_Entry, Array | None]]]:
+    def _batches(
+        self, entries: Iterator[tuple[_Entry, Decoded | None]]
+    ) -> Iterator[list[tuple[_Entry, Pixels | None]]]:
         """Entries in their order, with as many pictures as fill a batch: broken ones leave no hole."""
-        batch: list[tuple[_Entry, Array | None]] = []
+        batch: list[tuple[_Entry, Pixels | None]] = []
         for entry, decoded in entries:
             if isinstance(decoded, str):
                 entry.error, decoded = decoded, None
@@ -242,7 +231,7 @@ class _Run:
             yield batch
 
     def _encoded(
-        self, batches: Iterator[list[tuple[_Entry, Array | None]]]
+        self, batches: Iterator[list[tuple[_Entry, Pixels | None]]]
     ) -> Iterator[tuple[list[_Entry], list[Any]]]:
         """Batches with the features of their pictures: the next one is encoded while the last one is answered."""
         waiting = None
@@ -250,61 +239,52 @@ class _Run:
             for batch in batches:
                 pixels = [pixels for _, pixels in batch if pixels is not None]
                 entries = [entry for entry, _ in batch]
-                future = executor.submit(self.pipe.generative_engine.encode, pixels, None) if pixels else None
+                future = executor.submit(self.task.encode, pixels) if pixels else None
                 if waiting:
                     yield waiting[0], waiting[1].result() if waiting[1] else []
                 waiting = entries, future
             if waiting:
                 yield waiting[0], waiting[1].result() if waiting[1] else []
 
-    def _generate(self, batch: list[_Entry], features: list[Any]) -> list[Generation | None]:
-        """Answers to the entries of a batch; None, and the entry's error, where its own text was refused."""
+    def _answer(self, batch: list[_Entry], features: list[Any]) -> list[Row | None]:
+        """Rows of the entries of a batch; None, and the entry's error, where there is none."""
         readable = [entry for entry in batch if entry.error is None]
         texts = [self.text if self.text is not None else entry.item.text for entry in readable]
         if not readable:
             return [None] * len(batch)
-        call = partial(
-            getattr(self.pipe, self.job.task), options=self.job.options, strip_prefix=self.job.strip_prefixes
-        )
-        results: list[Generation | None]
+        found: list[Row | str]
         try:
-            results = call(features, texts)
+            found = self.task.rows(features, texts)
         except InputError:
             if self.text is not None:
                 raise
-            results = [self._generate_one(call, *one) for one in zip(readable, features, texts, strict=True)]
-        found = {id(entry): result for entry, result in zip(readable, results, strict=True)}
-        return [found.get(id(entry)) for entry in batch]
+            found = [self._answer_one(*one) for one in zip(features, texts, strict=True)]
+        rows: dict[int, Row] = {}
+        for entry, row in zip(readable, found, strict=True):
+            if isinstance(row, str):
+                entry.error = row
+            else:
+                rows[id(entry)] = row
+        return [rows.get(id(entry)) for entry in batch]
 
-    def _generate_one(
-        self, call: Callable[..., Generation], entry: _Entry, features: Any, text: Any
-    ) -> Generation | None:
+    def _answer_one(self, features: Any, text: Any) -> Row | str:
+        """Its own text may be what was refused."""
         try:
-            return call(features, text)
+            return self.task.rows([features], [text])[0]
         except InputError as error:
-            entry.error = str(error)
-            return None
+            return str(error)
 
-    def _write(self, batch: list[_Entry], results: list[Generation | None]) -> None:
-        for entry, result in zip(batch, results, strict=True):
-            if result is None:
+    def _write(self, batch: list[_Entry], rows: list[Row | None]) -> None:
+        for entry, row in zip(batch, rows, strict=True):
+            if row is None:
                 self.errors.append(json_line({"id": entry.item.id, "error": entry.error}))
                 self._failed.append(entry.key)
                 self.failed += 1
             else:
-                self.sink.write(entry.item, self._row(entry.item, result))
+                text = {self.text_column: entry.item.text} if self.text_column else {}
+                self.sink.write(entry.item, {"id": entry.item.id, **text, **row})
                 self._answered.append(entry.key)
                 self.answered += 1
-
-    def _row(self, item: Item, result: Generation) -> Row:
-        text = {self.text_column: item.text} if self.text_column else {}
-        others = [self._columns_of(other) for other in result.alternatives]
-        return {"id": item.id, **text, **self._columns_of(result), "alternatives": others}
-
-    def _columns_of(self, result: Generation) -> Row:
-        return {
-            name: getattr(result, name) for name in ("text", "score", "finish_reason", "token_ids", "token_logprobs")
-        }
 
     def _commit(self) -> None:
         self.sink.sync()
@@ -314,20 +294,6 @@ class _Run:
         self._answered.clear()
         self._failed.clear()
         self._committed = monotonic()
-
-
-def _text_and_columns(job: BulkJob) -> tuple[str | None, Columns]:
-    """The text for all, or the column that holds one for each."""
-    name = TEXT_NAMES[job.task]
-    if job.text is not None and job.columns.text:
-        raise InputError(
-            f"there is a {name} for all and a column {job.columns.text!r} with one for each: give one of the two"
-        )
-    if job.text is not None or job.columns.text:
-        return job.text, job.columns
-    if job.task == "caption":
-        return CAPTION_PROMPT, job.columns
-    return None, replace(job.columns, text=name)
 
 
 def _with_picture(item: Item) -> tuple[Item, str | None]:
@@ -340,8 +306,3 @@ def _with_picture(item: Item) -> tuple[Item, str | None]:
         return replace(item, data=item.path.read_bytes()), None
     except (OSError, ValueError) as error:
         return item, f"{item.path} cannot be opened ({getattr(error, 'strerror', error)}): check the path"
-
-
-def _engine_hash(pipe: Pipeline) -> str:
-    files = {name: entry.sha256 for name, entry in pipe.manifest.files.items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]

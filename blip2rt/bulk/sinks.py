@@ -1,4 +1,4 @@
-"""Where answers go: JSONL, CSV, parquet, WebDataset shards, or a text file beside every picture.
+"""Where answers go: JSONL, CSV, parquet, WebDataset shards, or a text file beside every picture. vectors.py has npy.
 
 Every sink can be cut back to a state that it once reported, and gives the same bytes however often that happens.
 """
@@ -51,6 +51,11 @@ class AppendedFile:
                 written = os.pwrite(self._descriptor, view, self.size)
                 self.size += written
                 view = view[written:]
+
+    def rewrite_head(self, data: bytes) -> None:
+        """Put `data` in the place of as many bytes at the file's beginning, for a header that counts what follows."""
+        with telling(self.path):
+            os.pwrite(self._descriptor, data, 0)
 
     def sync(self) -> None:
         with telling(self.path):
@@ -129,7 +134,7 @@ class CsvSink(JsonlSink):
 
     def write(self, item: Item, row: Row) -> None:
         flat = dict(row)
-        for number, other in enumerate(row["alternatives"], 2):
+        for number, other in enumerate(row.get("alternatives", ()), 2):
             flat |= {f"text_{number}": other["text"], f"score_{number}": other["score"]}
         self._file.append(self._line([flat.get(name, "") for name in self._columns]))
 
@@ -181,9 +186,12 @@ class SidecarSink(Sink):
 class ParquetSink(Sink):
     """Files part-00000.parquet ... of ROWS_PER_FILE rows. Rows wait in a JSONL file until there are enough."""
 
-    def __init__(self, output: Path, state: Any, spools: Path, columns: Mapping[str, str]):
+    def __init__(
+        self, output: Path, state: Any, spools: Path, columns: Mapping[str, str], rows_per_file: int | None = None
+    ):
         """`spools`: a folder for the waiting rows; `columns`: names and kinds, see `_schema`."""
         self._output, self._spools, self._columns = output, spools, columns
+        self._rows_per_file = rows_per_file or ROWS_PER_FILE
         self._part: int
         self._rows: int
         self._part, self._rows, size = state or (0, 0, 0)
@@ -196,7 +204,7 @@ class ParquetSink(Sink):
     def write(self, item: Item, row: Row) -> None:
         self._spool.append(json_line(row))
         self._rows += 1
-        if self._rows == ROWS_PER_FILE:
+        if self._rows == self._rows_per_file:
             self._write_part()
             self._spool.close()
             self._part, self._rows = self._part + 1, 0
@@ -222,6 +230,7 @@ class ParquetSink(Sink):
         kinds = {
             "text": pa.string(), "number": pa.float64(), "integers": pa.list_(pa.int64()),
             "numbers": pa.list_(pa.float64()), "alternatives": pa.list_(other),
+            "vector": pa.list_(pa.float32()), "vectors": pa.list_(pa.list_(pa.float32())),
         }  # fmt: skip
         return pa.schema([(name, kinds[kind]) for name, kind in self._columns.items()])
 
@@ -299,7 +308,7 @@ class WebDatasetSink(Sink):
         self._file.close()
 
 
-def json_line(row: Row) -> bytes:
+def json_line(row: Any) -> bytes:
     """A line of UTF-8 JSON. A file name that is no UTF-8 is escaped, as Python's json reads it."""
     return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
