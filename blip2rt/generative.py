@@ -7,7 +7,7 @@ both  ── open_decoder > `prefill` once, `step` many
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, TypeVar
@@ -132,7 +132,20 @@ class GenerativeEngine:
         Raises:
             InputError: no string, no possible text, or more tokens than the positions of the models.
         """
-        ids = self.tokenizer.encode(text)
+        prompt = self.prompt_of_ids(self.tokenizer.encode(text), options)
+        if self._question_tokenizer is None or question is None:
+            return prompt
+        return replace(prompt, question_ids=self._question_tokenizer.encode(question, "the question"))
+
+    def prompt_of_ids(self, ids: list[int], options: ResolvedOptions) -> Prompt:
+        """A prompt as token ids, with what the tokenizer puts before and behind a text.
+
+        Raises:
+            InputError: none, one beyond the embedding rows, or more than the positions of the models.
+        """
+        beyond = [i for i in ids if not 0 <= i < self.tokenizer.vocab_size]
+        if beyond or not ids:
+            raise InputError(f"a prompt's ids must be some, from 0 to {self.tokenizer.vocab_size - 1}, not {ids!r:.80}")
         if self._num_positions and self.num_queries + len(ids) + options.max_new_tokens - 1 > self._num_positions:
             left = max(0, self._num_positions - self.num_queries - len(ids) + 1)
             raise InputError(
@@ -140,9 +153,7 @@ class GenerativeEngine:
                 f"{options.max_new_tokens} do not fit the model's {self._num_positions} positions: "
                 + (f"max_new_tokens can be {left} at most" if left else "shorten the prompt")
             )
-        if self._question_tokenizer is None or question is None:
-            return Prompt(ids)
-        return Prompt(ids, self._question_tokenizer.encode(question, "the question"))
+        return Prompt(ids)
 
     def open_decoder(
         self, features: Sequence[ImageFeatures], prompts: Sequence[Prompt], options: ResolvedOptions

@@ -30,7 +30,7 @@ RUNTIME_LAYERS = (
     {"gallery", "text_gallery"},
     {"inference", "evaluate_retrieval", "evaluate_scores"},
     {"evaluate"},
-    {"bulk", "server"},
+    {"bulk", "server", "huggingface"},
     {"cli_retrieval"},
     {"arguments"},
     {"cli"},
@@ -46,12 +46,13 @@ EXPORTER = {
 # verify.py runs an engine as the runtime will: with its session options
 EXCEPTIONS = {("blip2rt/export/verify.py", "backends")}
 # inside a function only: nothing but `blip2rt export` and `verify` loads torch
-ON_DEMAND = {("cli", "export"), ("cli", "model")}
+ON_DEMAND = {("cli", "export"), ("cli", "model"), ("huggingface", "export")}
 
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
 EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files that nothing else loads
     "bulk": {"pyarrow"},
     "evaluation": {"pycocoevalcap", "spacy"},
+    "huggingface": {"optimum", "torch", "transformers"},
     "server": {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"},
 }
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}
@@ -130,10 +131,11 @@ def test_imports_go_one_way(path: Path) -> None:
         assert layer is not None, f"which layer of {Path(__file__).name} does {part} belong to?"
         allowed = set().union(*RUNTIME_LAYERS[:layer], {"__init__"})
         foreign = RUNTIME_PACKAGES | EXTRA_PACKAGES.get(part, set())
-        if part != "server" or name in LOADED_WITHOUT_EXTRAS:
+        if part not in ("server", "huggingface") or name in LOADED_WITHOUT_EXTRAS:
             assert packages(path, inside_functions=False) <= RUNTIME_PACKAGES
         imported = {module for module in imports(path, inside_functions=False) if "blip2rt.server" in module}
         assert part == "server" or imported <= {"blip2rt.server.settings"}
+        assert part == "huggingface" or "huggingface" not in parts(path)
         if part == "decoder":
             allowed |= {"backends"}
     extra = {found for found in parts(path) - allowed if (name, found) not in EXCEPTIONS}
