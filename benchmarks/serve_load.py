@@ -29,7 +29,7 @@ from blip2rt import Pipeline
 
 RESULT = Path(__file__).parent / "results" / "serve-load.json"
 QUESTIONS = ("what is on the table?", "where is it?", "which colour is it?")
-OPTIONS = {"num_beams": 1, "max_new_tokens": 10}
+OPTIONS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 10}
 SIZE = (320, 240)
 WARM_UP = 0.1  # of the time: until then memory may grow as it likes
 Case = tuple[dict[str, Any], str]  # body of a request, and the text that must come

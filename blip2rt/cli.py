@@ -149,8 +149,10 @@ def serve(arguments: argparse.Namespace) -> int:
 
     limits = {name: getattr(arguments, name) for name, _, _ in ServerSettings.limits()}
     keys = tuple(Path(arguments.api_keys).read_text().split()) if arguments.api_keys else ()
-    folders = {name: Path(folder) for name in ("gallery", "pictures") if (folder := getattr(arguments, name))}
-    settings = ServerSettings(**limits, **folders, api_keys=keys, allow_hosts=tuple(arguments.allow_host))
+    gallery, pictures = (folder and Path(folder) for folder in (arguments.gallery, arguments.pictures))
+    settings = ServerSettings(
+        **limits, gallery=gallery, pictures=pictures, api_keys=keys, allow_hosts=tuple(arguments.allow_host)
+    )
     run_server(
         arguments.engine,
         host=arguments.host,

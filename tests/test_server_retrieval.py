@@ -129,7 +129,7 @@ def test_search_is_the_gallerys(client: TestClient, pipe: Pipeline, gallery: Pat
     assert client.get("/gallery").json() == {"pictures": 12, "shown": True}
     for text in TEXTS:
         for rerank in (None, 0, 4):
-            query = {"text": text, "k": 12} | ({} if rerank is None else {"rerank": rerank})
+            query: dict[str, Any] = {"text": text, "k": 12} | ({} if rerank is None else {"rerank": rerank})
             rows = client.get("/search", params=query).json()["results"]
             expected = opened.search(text, 12, rerank=6 if rerank is None else rerank)
             assert [row["id"] for row in rows] == list(expected.ids)

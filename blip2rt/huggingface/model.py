@@ -14,6 +14,7 @@ from ..manifest import Manifest
 from ..options import GenerationOptions, ResolvedOptions, resolve_options
 from ..pipeline import GENERATE_DEFAULTS, Pipeline
 from ..results import Generation
+from ..stages import ENCODER
 
 Tensor = torch.Tensor
 OURS = tuple(field.name for field in fields(GenerationOptions))
@@ -69,6 +70,7 @@ class EngineModel:
         """Take a pipeline with a generative engine."""
         manifest = pipe.generative_engine.manifest
         self.pipe, self.config = pipe, config_of(manifest)
+        self.has_encoder = ENCODER in manifest.stages
         tokens = manifest.tokens
         self.generation_config = GenerationConfig(
             bos_token_id=tokens.bos, pad_token_id=tokens.pad, eos_token_id=list(tokens.stop) or None
@@ -147,7 +149,7 @@ class EngineModel:
         engine = self.pipe.generative_engine
         tokens = engine.manifest.tokens
         if input_ids is None:
-            if self.config.text_config.is_encoder_decoder:
+            if self.has_encoder:
                 raise InputError("T5 needs a prompt: give input_ids, as Blip2Processor makes them of a text")
             return [engine.prompt_of_ids([tokens.bos], options)] * num_images
         if input_ids.ndim != 2 or len(input_ids) != num_images:
@@ -165,10 +167,11 @@ class EngineModel:
         tokens = engine.manifest.tokens
         rows = []
         for place, result in enumerate(results):
-            if self.config.text_config.is_encoder_decoder:
+            if self.has_encoder:
                 before = [tokens.bos]
             elif input_ids is None:
-                before = [self.config.image_token_index] * engine.num_queries + prompts[place].ids
+                image = -1 if tokens.image is None else tokens.image
+                before = [image] * engine.num_queries + prompts[place].ids
             else:
                 before = input_ids[place].tolist()
             for sequence in (result, *result.alternatives):

@@ -9,7 +9,7 @@ from ..pipeline import Pipeline
 from .model import EngineModel
 
 
-class Blip2rtModelForImageTextToText(EngineModel, OptimizedModel):
+class Blip2rtModelForImageTextToText(EngineModel, OptimizedModel):  # type: ignore[misc]  # optimum is untyped
     """BLIP-2 as an engine; `export=True` builds the engine of a checkpoint first.
 
     In `pipeline("image-text-to-text", model=..., processor=...)` transformers logs that it does not know this class,

@@ -21,7 +21,7 @@ class EngineImageProcessor(ImageProcessingMixin):
     model_input_names = ("pixel_values",)
 
     def __init__(self, spec: ImageSpec):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._spec = spec
 
     def __call__(self, images: Any, return_tensors: str | None = None, **unused: Any) -> BatchFeature:
@@ -54,7 +54,7 @@ class Blip2Processor(transformers.Blip2Processor):
         transformers.ProcessorMixin.__init__(self, image_processor, tokenizer)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, name: str | None = None, **unused: Any) -> Self:
+    def from_pretrained(cls, path: str | Path, *, name: str | None = None, **unused: Any) -> Self:  # type: ignore[override]
         """The processor of an engine directory, or of the generative engine of a folder.
 
         Raises:

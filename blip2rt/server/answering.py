@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -103,9 +104,11 @@ class Answering:
         """
         if len(pictures) > self.settings.max_pictures:
             raise InputError(f"{len(pictures)} pictures are more than a request may have: {self.settings.max_pictures}")
-        return await asyncio.gather(
-            *(self.in_thread(lambda data=data: preprocess(check_picture(data, self.settings))) for data in pictures)
-        )
+
+        def decode(data: bytes) -> Any:
+            return preprocess(check_picture(data, self.settings))
+
+        return await asyncio.gather(*(self.in_thread(partial(decode, data)) for data in pictures))
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
         """What `work` gives, off the event loop."""
