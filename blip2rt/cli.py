@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
     exporter.add_argument("--device", default="cpu", help="cpu")
     exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
     exporter.add_argument(
-        "--text-tokenizer", help="directory of BERT's tokenizer, for retrieval (default: the model's)"
+        "--text-tokenizer", help="directory of BERT's tokenizer, for retrieval and questions (default: the model's)"
     )
     exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
 

@@ -5,6 +5,7 @@ question, appended batch by batch; of retrieval what `evaluate_retrieval` says),
 `table.json`.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,7 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
         items = read_questions(data, preset.data_set, preset.split)
     else:
         items = read_captions(data, preset.data_set, preset.split)
-    _claim(output, {"preset": asdict(preset), "model_sha256": manifest.source_sha256, "items": len(items)})
+    _claim(output, {"preset": asdict(preset), "engine": manifest.digest(), "items": _digest(items)})
     if preset.task == RETRIEVE:
         pictures = [item for item in items if isinstance(item, CaptionItem)]
         scores = Scores(evaluate_retrieval(pipe, pictures, output, preset))
@@ -94,6 +95,12 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
     )
     _write(output / "table.json", asdict(report))
     return report
+
+
+def _digest(items: Sequence[CaptionItem | Question]) -> str:
+    """What tells a data set from another: ids, pictures by name, texts, in their order."""
+    rows = [asdict(item) | {"path": item.path.name} for item in items]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
 def _claim(output: Path, run: dict[str, Any]) -> None:

@@ -80,6 +80,9 @@ class Gallery(GalleryBase):
             EngineError: another process is writing, or the disk is full.
         """
         identifiers = checked_ids(ids)
+        _check_rows("itc_embeds", itc_embeds, len(identifiers))
+        if image_embeds is not None:
+            _check_rows("image_embeds", image_embeds, len(identifiers))
         self._lock()
         if self._store.header is None:
             model = self.engine.manifest.source_sha256 if image_embeds is not None else None
@@ -193,3 +196,12 @@ class Gallery(GalleryBase):
             logits = self.engine.itm_logits(images, token_ids, pairs)[:, 1]
             scores[tuple(zip(*(place for row in batch for place in places[row]), strict=True))] += logits
         return in_order(rows, scores)
+
+
+def _check_rows(name: str, rows: Any, count: int) -> None:
+    """Refuse what would begin a gallery that nobody can use: before anything is written."""
+    if not isinstance(rows, np.ndarray) or rows.ndim != 3 or len(rows) != count or 0 in rows.shape:
+        found = list(rows.shape) if isinstance(rows, np.ndarray) else type(rows).__name__
+        raise InputError(f"{name} must be an array [{count}, ...] of three dimensions, a row for every id, not {found}")
+    if not np.isfinite(rows.astype(np.float16)).all():
+        raise InputError(f"{name} holds values that are no finite float16 numbers")

@@ -111,6 +111,7 @@ class GalleryBase:
         """Become the writer."""
         self._store.lock()
         self._check_kind()
+        self._check_open_model()
 
     def _filled(self) -> Header:
         """The header of a gallery that holds something."""
@@ -118,7 +119,13 @@ class GalleryBase:
         if self._store.header is None or not self._store.rows:
             raise EngineError(f"the gallery {self.path} is empty: add {self.HOLDS} with `add` or `blip2rt embed`")
         self._check_kind()
+        self._check_open_model()
         return self._store.header
+
+    def _check_open_model(self) -> None:
+        """Another process may have begun the gallery, with another model, since this one was opened."""
+        if isinstance(self._pipeline, Pipeline):
+            self._check_model(self._pipeline)
 
     def _ids_of(self, rows: Array, k: int) -> list[list[Identifier]]:
         """The first k of rows [T, n] by id; only living rows are ever found."""

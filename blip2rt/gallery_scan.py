@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import InputError
 from .gallery_store import GalleryStore
 from .native.cosines import native_cosines
 
@@ -51,6 +52,8 @@ def nearest(store: GalleryStore, queries: Array, k: int) -> tuple[Array, Array]:
 def cosines(store: GalleryStore, queries: Array) -> Iterator[tuple[int, Array]]:
     """First row and cosines [n, T] of every shard with queries [T, P, E], dead rows included."""
     num_queries, num_parts, width = queries.shape
+    if store.header is None or width != store.header.itc[-1]:  # the native pass would read beyond the queries
+        raise InputError(f"embeddings of width {width}, and {store.path} wants {store.header and store.header.itc[-1]}")
     compare = (native_cosines() or numpy_cosines)(queries.reshape(-1, width))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for first, shard in store.shards("itc"):

@@ -17,9 +17,9 @@ import numpy as np
 from .backends import Stage
 from .candidates import rank_candidates
 from .decoder import CachedDecoder, run_encoder
-from .errors import InputError
+from .errors import EngineError, InputError
 from .inputs import in_batches
-from .manifest import Manifest
+from .manifest import MANIFEST_NAME, Manifest
 from .options import ResolvedOptions
 from .preprocess import ImageSource, preprocess
 from .qformer_texts import padded_texts
@@ -40,6 +40,21 @@ class Prompt:
     question_ids: list[int] | None = None
 
 
+def _sizes(manifest: Manifest, directory: Path, part: str) -> dict[str, Any]:
+    """Sizes of a part of the model.
+
+    Raises:
+        EngineError: the manifest was altered.
+    """
+    sizes = manifest.model.get(part)
+    if not isinstance(sizes, dict) or not isinstance(sizes.get("vocab_size"), int):
+        raise EngineError(
+            f"{directory / MANIFEST_NAME}: model.{part} does not say its vocab_size: build the engine again with "
+            "`blip2rt export`"
+        )
+    return sizes
+
+
 class GenerativeEngine:
     """The stages of a generative engine. Safe to call from several threads."""
 
@@ -53,7 +68,7 @@ class GenerativeEngine:
         stages = {stage: Stage(stage, directory / entry.file, threads) for stage, entry in manifest.stages.items()}
         self._vision, self._qformer, self._decoder = stages[VISION], stages[QFORMER], stages[DECODER]
         self._encoder = stages.get(ENCODER)  # None: a decoder-only language model
-        text, qformer = manifest.model["text"], manifest.model["qformer"]
+        text, qformer = (_sizes(manifest, directory, part) for part in ("text", "qformer"))
         self.tokenizer = Tokenizer(
             directory / "tokenizer.json", manifest.tokens, text["vocab_size"], self._encoder is not None
         )
@@ -105,10 +120,13 @@ class GenerativeEngine:
         Raises:
             InputError: they are of another model.
         """
-        wanted = self.manifest.stages[QFORMER].signature.outputs[1].shape[1:]  # (Q, D)
-        found = None if features.prefix is None else features.prefix.shape
-        if found != wanted:
-            raise InputError(f"these ImageFeatures are of another model: prefix {found}, this engine wants {wanted}")
+        qformer = self.manifest.stages[QFORMER].signature
+        for name, spec in (("image_embeds", qformer.inputs[0]), ("prefix", qformer.outputs[1])):
+            wanted, found = spec.shape[1:], getattr(getattr(features, name), "shape", None)  # [N+1, Dv], [Q, D]
+            if found != wanted:
+                raise InputError(
+                    f"these ImageFeatures are of another model: {name} {found}, this engine wants {wanted}"
+                )
         return features
 
     @property

@@ -4,6 +4,7 @@ The dataclasses are the schema: reading follows their type hints and is strict b
 mistyped field is an error that names it. What happens to the directory as a whole is in engine_directory.py.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -106,6 +107,11 @@ class Manifest:
     model: dict[str, Any]
     stages: dict[str, Stage]
     files: dict[str, FileEntry]
+
+    def digest(self) -> str:
+        """What tells this engine from every other, also of the same checkpoint: SHA-256 over those of its files."""
+        hashes = {name: entry.sha256 for name, entry in self.files.items()}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     def read(cls, directory: str | PathLike[str]) -> "Manifest":

@@ -124,12 +124,8 @@ def _integer(least: int):  # type: ignore[no-untyped-def]
 
 def _number(above: float = -math.inf, most: float = math.inf):  # type: ignore[no-untyped-def]
     def check(name: str, value: Any) -> float:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, Real)
-            or not above < float(value) <= most
-            or math.isinf(value)
-        ):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not above < value <= most or math.isinf(value):  # float() would overflow first
             bounds = f" above {above:g}" * (above > -math.inf) + f" and at most {most:g}" * (most < math.inf)
             raise InputError(f"{name} must be a number{bounds}, not {value!r}")
         return float(value)
@@ -150,13 +146,13 @@ _CHECKS = {
     "num_beams": _integer(1),
     "max_new_tokens": _integer(1),
     "min_new_tokens": _integer(0),
-    "length_penalty": _number(),
+    "length_penalty": _number(above=-10, most=10),  # beyond it a length to this power leaves float32
     "early_stopping": _choice(True, False, "never"),
-    "repetition_penalty": _number(above=0),
+    "repetition_penalty": _number(above=1e-6, most=1e6),
     "no_repeat_ngram_size": _integer(0),
     "num_return_sequences": _integer(1),
     "do_sample": _choice(True, False),
-    "temperature": _number(above=0),
+    "temperature": _number(above=1e-6, most=1e6),
     "top_k": _integer(0),
     "top_p": _number(above=0, most=1),
     "seed": _integer(0),

@@ -23,7 +23,7 @@ from .generative import GenerativeEngine, Kind, Prompt
 from .inputs import BATCH_SIZE, as_list, in_batches, is_list
 from .manifest import GENERATIVE, RETRIEVAL
 from .options import GenerationOptions, ResolvedOptions, resolve_options
-from .prefixes import without_prefix
+from .prefixes import checked_prefixes, without_prefix
 from .preprocess import ImageSource, preprocess
 from .progress import progress
 from .results import Answer, Caption, Generation, ImageFeatures, MatchScores
@@ -190,10 +190,10 @@ class Pipeline:
             InputError: wrong images (`ImageError`), prompts or options.
             EngineError: no retrieval engine to re-rank with.
         """
-        resolved = resolve_options(CAPTION_DEFAULTS, options, keywords)
+        resolved, prefixes = resolve_options(CAPTION_DEFAULTS, options, keywords), checked_prefixes(strip_prefix)
         if rerank is None:
             captions = self._generate(Caption, images, self._prompts(images, prompt, resolved), resolved)
-            return without_prefix(captions, strip_prefix)
+            return without_prefix(captions, prefixes)
         if rerank != "itm":
             raise InputError(f"rerank must be 'itm' or None, not {rerank!r}")
         engine = self.retrieval_engine
@@ -201,7 +201,7 @@ class Pipeline:
         if resolved.num_return_sequences == 1:
             resolved = replace(resolved, num_return_sequences=resolved.num_beams)
         features = self.encode(as_list(images))
-        captions = without_prefix(self._generate(Caption, features, prompts, resolved), strip_prefix)
+        captions = without_prefix(self._generate(Caption, features, prompts, resolved), prefixes)
         captions = engine.rerank([engine.checked_features(f) for f in features], captions)
         return captions if is_list(images) else captions[0]
 
@@ -224,13 +224,13 @@ class Pipeline:
         Raises:
             InputError: wrong images (`ImageError`), questions, candidates or options.
         """
-        resolved = resolve_options(ANSWER_DEFAULTS, options, keywords)
-        if candidates is not None and (options is not None or keywords or strip_prefix):
+        resolved, prefixes = resolve_options(ANSWER_DEFAULTS, options, keywords), checked_prefixes(strip_prefix)
+        if candidates is not None and (options is not None or keywords or prefixes):
             given = "options" if options is not None else next(iter(keywords), "strip_prefix")
             raise InputError(f"{given}= has no effect with candidates=, which are ranked and not generated")
         if candidates is None:
             prompts = self._prompts(images, question, resolved, is_question=True)
-            return without_prefix(self._generate(Answer, images, prompts, resolved), strip_prefix)
+            return without_prefix(self._generate(Answer, images, prompts, resolved), prefixes)
         tokenizer = self.generative_engine.tokenizer
         ids = [tokenizer.encode_answer(text) for text in checked_candidates(candidates)]
         rows = min(CANDIDATE_ROWS, len(ids))
@@ -254,9 +254,9 @@ class Pipeline:
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.
         """
-        resolved = resolve_options(GENERATE_DEFAULTS, options, keywords)
+        resolved, prefixes = resolve_options(GENERATE_DEFAULTS, options, keywords), checked_prefixes(strip_prefix)
         results = self._generate(Generation, images, self._prompts(images, prompt, resolved), resolved)
-        return without_prefix(results, strip_prefix)
+        return without_prefix(results, prefixes)
 
     def stream(
         self, image: Image, prompt: str = CAPTION_PROMPT, *, options: GenerationOptions | None = None, **keywords: Any

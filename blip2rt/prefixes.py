@@ -7,21 +7,26 @@ from typing import Any
 from .errors import InputError
 
 
-def without_prefix(results: Any, prefixes: str | Sequence[str]) -> Any:
-    """A result or a list of them whose texts, also those of the alternatives, went through `strip_prefix`.
+def checked_prefixes(prefixes: Any) -> list[str]:
+    """One text or several as a list.
 
     Raises:
-        InputError: prefixes that are no strings.
+        InputError: neither a string nor a list of strings.
     """
-    listed = [prefixes] if isinstance(prefixes, str) else list(prefixes)
-    if not all(isinstance(prefix, str) for prefix in listed):
+    listed = [prefixes] if isinstance(prefixes, str) else prefixes
+    if not isinstance(listed, list | tuple) or not all(isinstance(prefix, str) for prefix in listed):
         raise InputError(f"strip_prefix must be a string or a list of strings, not {prefixes!r:.60}")
-    if not listed:
+    return list(listed)
+
+
+def without_prefix(results: Any, prefixes: Sequence[str]) -> Any:
+    """A result or a list of them whose texts, also those of the alternatives, went through `strip_prefix`."""
+    if not prefixes:
         return results
     if isinstance(results, list):
-        return [without_prefix(result, listed) for result in results]
-    alternatives = without_prefix(results.alternatives, listed)
-    return replace(results, text=strip_prefix(results.text, listed), alternatives=alternatives)
+        return [without_prefix(result, prefixes) for result in results]
+    alternatives = without_prefix(results.alternatives, prefixes)
+    return replace(results, text=strip_prefix(results.text, prefixes), alternatives=alternatives)
 
 
 def strip_prefix(text: str, prefixes: Sequence[str]) -> str:

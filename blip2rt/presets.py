@@ -185,7 +185,8 @@ def _paper_captions() -> list[Preset]:
             source=f"{PAPER}, table 3; lengths of LAVIS's caption_coco_ft configuration",
             published=published,
             prompt="a photo of",
-            options=_options(max_new_tokens=29 if "opt" in model else 30, min_new_tokens=7 if "opt" in model else 8),
+            # LAVIS's min_length counts the start token of either, its max_length that of OPT
+            options=_options(max_new_tokens=29 if "opt" in model else 30, min_new_tokens=7),
         )
         for model, row in numbers.items()
         for data_set, published in zip(("coco", "nocaps"), row, strict=True)

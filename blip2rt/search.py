@@ -160,7 +160,7 @@ class BeamSearch(Search):
         self.logprobs = np.zeros((num_beams, 0), np.float32)  # [K, t] raw log-probabilities
         self.scores = np.full(num_beams, DEAD)  # sums of processed log-probabilities
         self.scores[0] = 0  # one beam at first: K equal ones would choose the same tokens
-        self.finished_scores = np.full(num_beams, DEAD)
+        self.finished_scores = np.full(num_beams, -np.inf, np.float32)  # below DEAD, which long texts can reach
         self.is_finished = np.zeros(num_beams, bool)
         self.finished: list[TokenSequence | None] = [None] * num_beams
         # enough candidates to fill every beam even when all stop tokens of all beams are among them
@@ -241,7 +241,7 @@ class BeamSearch(Search):
             return True
         reach = options.max_new_tokens if options.early_stopping == "never" and options.length_penalty > 0 else length
         best_possible = self.scores[0] / np.float32(_length_divisor(reach, options))
-        worst_finished = np.where(self.is_finished, self.finished_scores.min(), DEAD)
+        worst_finished = np.where(self.is_finished, self.finished_scores.min(), -np.inf)
         return not bool((best_possible > worst_finished).any())
 
 

@@ -55,6 +55,16 @@ def test_without_java_nothing_is_scored(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert all("Java" in reason for reason in found.not_scored.values())
 
 
+def test_a_line_within_a_caption_moves_no_other() -> None:
+    """COCO's tokenizer takes more than a newline for the end of a caption."""
+    pytest.importorskip("pycocoevalcap", reason="pycocoevalcap is not installed: pip install 'blip2rt[eval]'")
+    if shutil.which("java") is None:
+        pytest.skip("Java is not there, and COCO's tokenizer runs on it")
+    texts = ["a cat\rsits", "two\u2028dogs run", "a red bird"]
+    found = score_captions(dict(enumerate(texts)), {i: [" ".join(text.split())] for i, text in enumerate(texts)})
+    assert found.scores["Bleu_1"] == pytest.approx(1)
+
+
 def test_wrong_calls() -> None:
     with pytest.raises(InputError, match=r"1 captions for 2 pictures .*without a caption 2"):
         score_captions({1: "a"}, {1: ["a"], 2: ["b"]})

@@ -267,6 +267,7 @@ CONFIGS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "post-norm": ("text_config", {"do_layer_norm_before": False}, "opt-350m"),
     "projected": ("text_config", {"word_embed_proj_dim": 16}, "opt-350m"),
     "text in q-former": ("qformer_config", {"use_qformer_text_input": True}, "missing: embeddings.position_embeddings"),
+    "no qkv bias": ("vision_config", {"qkv_bias": False}, "unused: vision_model.encoder.layers.0.self_attn.qkv.bias"),
     "activation": ("vision_config", {"hidden_act": "mish"}, "'mish'"),
     "heads": ("vision_config", {"num_attention_heads": 3}, "not a multiple"),
     "no layers": ("vision_config", {"num_hidden_layers": 0}, "vision_config.num_hidden_layers is 0"),

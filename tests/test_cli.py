@@ -107,7 +107,9 @@ class Recorder:
     def preprocess(self, image: Any) -> Any:
         return image
 
-    def caption(self, images: list[Any], prompt: str, options: GenerationOptions) -> list[Caption]:
+    def caption(
+        self, images: list[Any], prompt: str, options: GenerationOptions, strip_prefix: object
+    ) -> list[Caption]:
         self.calls.append((images, prompt, options))
         return [Caption("text", [], [], "stop", 0.0) for _ in images]
 
@@ -153,6 +155,10 @@ WRONG_CALLS: dict[str, tuple[list[str], str]] = {
     "no such rules": (["caption", IMAGES[0], "--rules", "mine"], "'mine'"),
     "no threads": (["caption", IMAGES[0], "--threads", "0"], "threads"),
     "beams and sampling": (["caption", IMAGES[0], "--do-sample", "--num-beams", "3"], "num_beams=3"),
+    "power beyond float32": (
+        ["caption", IMAGES[0], "--length-penalty", "-1000"],
+        "length_penalty must be a number above",
+    ),
     "sampling option": (["caption", IMAGES[0], "--temperature", "2"], "temperature=2.0"),
     "more than beams": (["caption", IMAGES[0], "--num-return-sequences", "9"], "num_return_sequences=9"),
     "least above most": (["caption", IMAGES[0], "--min-new-tokens", "40"], "min_new_tokens=40"),

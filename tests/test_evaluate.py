@@ -157,6 +157,15 @@ def test_a_killed_run_goes_on(
     assert set(expected[0]["by_question_type"]) == {"what", "is the"}
     with pytest.raises(InputError, match="holds another run"):
         run(replace(preset, rule="lavis"), tiny_pipeline, vqa, tmp_path / "killed")
+    files = {name: replace(entry, sha256="1" * 64) for name, entry in tiny_pipeline.manifest.files.items()}
+    monkeypatch.setattr(tiny_pipeline, "manifest", replace(tiny_pipeline.manifest, files=files))
+    with pytest.raises(InputError, match="holds another run"):  # the same checkpoint in int8, say
+        run(preset, tiny_pipeline, vqa, tmp_path / "killed")
+    monkeypatch.undo()
+    questions = next(vqa.glob("*questions.json"))
+    questions.write_text(questions.read_text().replace('"question": "', '"question": "so, '))
+    with pytest.raises(InputError, match="holds another run"):  # the same ids
+        run(preset, tiny_pipeline, vqa, tmp_path / "killed")
 
 
 def test_captions(tiny_pipeline: Pipeline, coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,6 +362,7 @@ def test_texts_are_cleaned_as_the_sources_clean_them(tiny_pipeline: Pipeline) ->
     question = "What's that: a (red) U.F.O., or 2 birds??  "
     assert clean_question(question, "lavis") == "what's that a red ufo, or 2 birds??"
     assert clean_question(question, "mmpretrain") == "whats that a red ufo or 2 birds"
+    assert clean_question("What is this ?", "mmpretrain") == "what is this "
     assert clean_question("w " * 60, "lavis") == " ".join(["w"] * 50)
     caption = "A man, his dog's ball.  It's *big*!\n"
     assert clean_caption(caption, "lavis") == "a man, his dog's ball it's big"

@@ -201,6 +201,9 @@ def test_wrong_calls(tmp_path: Path) -> None:
         (lambda: gallery.add_embeddings(unit((2, 3, 4)), ["c", "c"]), InputError, "given twice: 'c'"),
         (lambda: gallery.add_embeddings(unit((1, 3, 4)), [1.5]), InputError, "not 1.5"),  # type: ignore[list-item]
         (lambda: gallery.add_embeddings(unit((1, 3, 4)), []), InputError, "not empty"),
+        (lambda: gallery.add_embeddings(unit((2, 4)), ["c", "d"]), InputError, r"three dimensions.*not \[2, 4\]"),
+        (lambda: gallery.add_embeddings(unit((2, 3, 4)) * np.nan, ["c", "d"]), InputError, "no finite"),
+        (lambda: gallery.nearest(unit((1, 5)), 3), InputError, "embeddings of width 5, and .* wants 4"),
         (lambda: gallery.remove(["a", "z"]), InputError, "not in the gallery: 'z'"),
         (lambda: Gallery(tmp_path / "g").remove(["a"]), EngineError, "another process or Gallery is writing"),
         (lambda: Gallery(tmp_path), EngineError, r"no gallery, it has no gallery\.json"),

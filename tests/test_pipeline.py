@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import blip2rt
-from blip2rt import Answer, Blip2rtError, Caption, EngineError, Generation, GenerationOptions, ImageError, Pipeline
+from blip2rt import (
+    Answer,
+    Blip2rtError,
+    Caption,
+    EngineError,
+    Generation,
+    GenerationOptions,
+    ImageError,
+    InputError,
+    Pipeline,
+)
 from blip2rt.bundled import CHECKPOINT, IMAGES
 from blip2rt.export import export_engine
 
@@ -279,3 +289,13 @@ def test_wrong_device(pipe: Pipeline) -> None:
 
 def _fields(result: Generation) -> tuple[Any, ...]:
     return dataclasses.astuple(result)
+
+
+def test_numbers_at_their_bounds(pipe: Pipeline) -> None:
+    """As many sequences as were asked for, with finite scores; beyond the bounds one sentence."""
+    found = pipe.caption(IMAGES[0], num_beams=4, num_return_sequences=4, max_new_tokens=60, length_penalty=-9.9)
+    assert len(found.alternatives) == 3
+    assert np.isfinite([found.score, *(other.score for other in found.alternatives)]).all()
+    for name, value in (("length_penalty", -1000.0), ("length_penalty", 10**400), ("temperature", 1e-50)):
+        with pytest.raises(InputError, match=f"{name} must be a number above"):
+            pipe.generate(IMAGES[0], "a", **{"do_sample": True, name: value})  # type: ignore[arg-type]

@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> Table:
         table["captions"] = {**report.found, **truth(captions, written)} | not_scored(report.not_scored)
         sheet(args.data, captions, written).save(args.output / "sheet.png")
         if written.split != "train":
-            preset = scene_preset(VQA, written.split, args)
+            preset = scene_preset(VQA, "val", args)  # VQAv2 publishes the answers of no other split
             report = evaluate(preset, pipe, shown, args.output / "answers", any_engine=True)
             rows = json.loads((args.output / "answers" / "submission.json").read_text("utf-8"))
             table["answers"] = answers(args.data, {row["question_id"]: row["answer"] for row in rows})

@@ -4,8 +4,6 @@ A task with texts has one for all pictures, or one that comes with each. Rows ar
 output's columns.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -61,7 +59,7 @@ class Task:
         return {
             "task": self.settings.task,
             "text": self.settings.text,
-            "engine": ", ".join(f"{manifest.name}, {_hash_of(manifest)}" for manifest in self.manifests()),
+            "engine": ", ".join(f"{manifest.name}, {manifest.digest()[:16]}" for manifest in self.manifests()),
         }
 
     def images(self) -> list[ImageSpec]:
@@ -243,8 +241,3 @@ def text_for_all(settings: TaskSettings, column: str | None) -> tuple[TaskSettin
     if settings.task == "caption":
         return replace(settings, text=CAPTION_PROMPT), None
     return settings, name
-
-
-def _hash_of(manifest: Manifest) -> str:
-    files = {name: entry.sha256 for name, entry in manifest.files.items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:16]

@@ -31,4 +31,6 @@ def _first_words(text: str) -> str:
 
 
 def _without_punctuation(text: str) -> str:
-    return " ".join(text.translate(str.maketrans("", "", string.punctuation)).lower().split())
+    """mmpretrain's order of things: what a mark leaves at the end, a space say, stays."""
+    bare = text.strip().lower().translate(str.maketrans("", "", string.punctuation))
+    return re.sub(r"\s{2,}", " ", bare)

@@ -63,8 +63,8 @@ def _score(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]])
         raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[eval]'") from error
 
     # pictures by their number: METEOR and SPICE want the same order in both
-    found = {i: [{"caption": captions[key]}] for i, key in enumerate(references)}
-    wanted = {i: [{"caption": text} for text in texts] for i, texts in enumerate(references.values())}
+    found = {i: [{"caption": _on_one_line(captions[key])}] for i, key in enumerate(references)}
+    wanted = {i: [{"caption": _on_one_line(text)} for text in texts] for i, texts in enumerate(references.values())}
     tokenizer = PTBTokenizer()
     found, wanted = tokenizer.tokenize(found), tokenizer.tokenize(wanted)
     scores: dict[str, float] = {}
@@ -83,6 +83,11 @@ def _score(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]])
         score, _ = scorer.compute_score(wanted, found)
         scores |= dict(zip(names, map(float, score if isinstance(score, list) else [score]), strict=True))
     return CaptionScores(scores, {"SPICE": f"its jars are not there: {', '.join(absent)}"} if absent else {})
+
+
+def _on_one_line(text: str) -> str:
+    """The tokenizer reads a caption a line, and takes more than a newline for its end: all behind it would shift."""
+    return " ".join(text.splitlines())
 
 
 def _absent_spice_models() -> list[str]:

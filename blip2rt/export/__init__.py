@@ -89,6 +89,7 @@ def export_engine(
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
     tokenizers = _tokenizer_directories(checkpoint, tokenizer, text_tokenizer)
+    normalisation = read_normalisation(checkpoint.directory)
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
     with building(output, force=force, needed=int(BYTES[precision] * sum(parameters.values()))) as directory:
@@ -121,7 +122,7 @@ def export_engine(
             precision=precision,
             device=device,
             kernels=kernels,
-            image=ImageSpec(config.vision.image_size, *read_normalisation(checkpoint.directory)),
+            image=ImageSpec(config.vision.image_size, *normalisation),
             tokens=tokens,
             question_tokens=question_tokens,
             parameters=parameters,
@@ -157,7 +158,7 @@ def _tokenizer_directories(
         text = Path(text_tokenizer) if text_tokenizer else (own / QUESTION_FOLDER if own else None)
     if language is None and not is_retrieval:
         raise CheckpointError(f"{model} holds no tokenizer: pass its directory with --tokenizer")
-    if checkpoint.config.qformer.use_qformer_text_input and (text is None or not text.is_dir()):
+    if checkpoint.config.qformer.use_qformer_text_input and not text_tokenizer and (text is None or not text.is_dir()):
         reader = "" if is_retrieval else " of the Q-Former, which reads questions"
         raise CheckpointError(f"{model} holds no tokenizer{reader}: pass its directory with --text-tokenizer")
     return language or Path(), text or Path()
@@ -188,11 +189,17 @@ def read_normalisation(directory: Path | None) -> tuple[tuple[float, ...], tuple
     for name in ("processor_config.json", "preprocessor_config.json"):
         if directory and (directory / name).is_file():
             content = read_json(directory / name)
-            settings |= content.get("image_processor") or content
+            own = content.get("image_processor") or content
+            settings |= own if isinstance(own, dict) else {}
     mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
     for what, values in (("image_mean", mean), ("image_std", std)):
-        if len(values) != 3 or not all(isinstance(v, (int, float)) and abs(v) < 10 for v in values):
-            raise ExportError(f"{directory}: the processor's {what} is {values!r}, not three numbers")
+        numbers = values if isinstance(values, list | tuple) else ()
+        least = 0 if what == "image_std" else -10
+        if len(numbers) != 3 or not all(type(v) in (int, float) and least < v < 10 for v in numbers):
+            raise CheckpointError(
+                f"{directory}: the processor's {what} is {values!r}, not three numbers above {least} and "
+                "below 10: mend its preprocessor_config.json"
+            )
     return tuple(map(float, mean)), tuple(map(float, std))
 
 

@@ -27,6 +27,7 @@ from .sources import CheckpointSource, open_source
 
 Model = TypeVar("Model", bound=nn.Module)
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what weights are stored as
 POSITION = "vision.embedding.position"
 TEMPERATURE = "temp"  # the files that hold it hold all that stage 1 trains
 # In an image encoder's own file: what belongs to its pretraining, and no BLIP-2 uses.
@@ -232,6 +233,8 @@ class Checkpoint:
                 used.add(key)
                 if key not in shapes:
                     missing.append(self.names.stored_as(key))
+                elif self.tensors.dtypes[key] not in FLOATS:
+                    misshaped.append(f"{self.names.stored_as(key)} is {self.tensors.dtypes[key]}, no weights")
                 elif name == POSITION:
                     misshaped += self._position_problem(key)
                 elif _without_ones(shapes[key]) != _without_ones(expected):
@@ -291,7 +294,8 @@ class Checkpoint:
         prefix, blocks = VISION_PREFIXES[self.contents.format], self._stored.vision.num_hidden_layers
         number = re.search(r"\.(\d+)\.", key)
         if number and re.sub(r"\.\d+\.", ".{}.", key, count=1) in self.names.block_tensors():
-            return self.source.vision is not None or int(number[1]) < blocks
+            is_stored = self.source.vision is not None or int(number[1]) < blocks
+            return is_stored and int(number[1]) >= self.config.vision.num_hidden_layers
         return self.source.vision is not None and key.removeprefix(prefix).startswith(PRETRAINING_PARTS)
 
 
