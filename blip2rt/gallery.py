@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EngineError, InputError
-from .gallery_base import ADD_BATCH, RERANKED, GalleryBase, Ranking, checked_count, in_order
+from .gallery_base import ADD_BATCH, RERANKED, GalleryBase, Ranking, checked_count, guarded, in_order
 from .gallery_scan import cosines, nearest
 from .gallery_store import Identifier, checked_ids
 from .pipeline import Pipeline
@@ -67,6 +67,7 @@ class Gallery(GalleryBase):
             itc = np.stack([f.itc_embeds for f in features if f.itc_embeds is not None])  # [B, Q, E]
             self.add_embeddings(itc, identifiers[batch], np.stack([f.image_embeds for f in features]))
 
+    @guarded
     def add_embeddings(self, itc_embeds: Array, ids: Sequence[Identifier], image_embeds: Array | None = None) -> None:
         """Add images by what `add` computes of them.
 
@@ -101,6 +102,7 @@ class Gallery(GalleryBase):
                 raise InputError(f"{kind}_embeds {list(rows.shape)}, and {self.path} wants {list(wanted)}")
         self._store.append(identifiers, kinds)
 
+    @guarded
     def search(self, texts: str | Sequence[str], k: int = 10, *, rerank: int | None = None) -> Ranking:
         """The k images that fit each text best.
 
@@ -131,6 +133,7 @@ class Gallery(GalleryBase):
         ids = self._ids_of(rows, k)
         return Ranking(ids[0], scores[0, :k]) if isinstance(texts, str) else Ranking(ids, list(scores[:, :k]))
 
+    @guarded
     def nearest(self, text_embeds: Array, k: int) -> tuple[Array, Array]:
         """Rows [T, k] and cosines [T, k] of the images nearest to text embeddings [T, E], best first; exact.
 
@@ -139,6 +142,7 @@ class Gallery(GalleryBase):
         self._filled()
         return nearest(self._store, text_embeds[:, None], k)
 
+    @guarded
     def cosines(self, text_embeds: Array, ids: Sequence[Identifier]) -> Array:
         """The cosine [I, T], largest over the queries, of images and of text embeddings [T, E].
 
@@ -150,6 +154,7 @@ class Gallery(GalleryBase):
         found = np.concatenate([part for _, part in cosines(self._store, text_embeds[:, None])])
         return found[[self.row_of(identifier) for identifier in ids]]
 
+    @guarded
     def image_embeds(self, identifier: Identifier) -> Array:
         """What ITM looks at in an image, [N+1, Dv] float32.
 
@@ -167,6 +172,7 @@ class Gallery(GalleryBase):
         header = self._store.header
         return self._features if header is None else header.image is not None
 
+    @guarded
     def row_of(self, identifier: Identifier) -> int:
         """Where an image lies; no other image ever gets its row, nor does it, once it is replaced.
 
@@ -177,6 +183,7 @@ class Gallery(GalleryBase):
             raise InputError(f"{identifier!r} is not in the gallery {self.path}")
         return self._store.rows[identifier]
 
+    @guarded
     def id_at(self, row: int) -> Identifier | None:
         """The id of the image in a row; None where it was replaced or removed, or never was."""
         return self._store.ids[row] if 0 <= row < len(self._store.ids) else None

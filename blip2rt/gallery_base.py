@@ -1,9 +1,11 @@
 """What galleries of images and of texts share: a folder of embeddings, its one writer, its model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
 
 import numpy as np
 
@@ -20,6 +22,20 @@ OPEN_WITH = {
     "images": "search it by text (`Gallery`, `blip2rt search TEXT`)",
     "texts": "search it by image (`TextGallery`, `blip2rt search --image FILE`)",
 }
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def guarded(method: Method) -> Method:
+    """A method of a gallery during which no other thread changes what is known of it."""
+
+    @wraps(method)
+    def alone(self: "GalleryBase", *arguments: Any, **options: Any) -> Any:
+        with self.guard:
+            return method(self, *arguments, **options)
+
+    return cast(Method, alone)
 
 
 class Ranking(NamedTuple):
@@ -57,10 +73,16 @@ class GalleryBase:
         return self._store.path
 
     @property
+    def guard(self) -> AbstractContextManager[Any]:
+        """Held by a thread whose calls must agree with each other: nothing changes for this object meanwhile."""
+        return self._store.guard
+
+    @property
     def ids(self) -> list[Identifier]:
         """Ids of all that it holds, in the order in which they were added."""
-        self._store.refresh()
-        return list(self._store.rows)
+        with self.guard:
+            self._store.refresh()
+            return list(self._store.rows)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,6 +115,7 @@ class GalleryBase:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
 
+    @guarded
     def remove(self, ids: Sequence[Identifier]) -> None:
         """Remove some.
 

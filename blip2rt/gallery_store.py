@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,7 @@ class GalleryStore:
     """What is on disk, as of the last `refresh`.
 
     Attributes:
+        guard: held by a thread while it reads, searches or writes: what it found stays true until it lets go.
         header: None where there is no gallery yet.
         ids: of every row; None where the image was replaced or removed.
         rows: where the images are, in the order in which they were added.
@@ -60,12 +62,18 @@ class GalleryStore:
 
     def __init__(self, path: Path):
         self._writer: int | None = None  # descriptor of the lock
-        self._read = 0  # bytes of the journal
+        self.guard = RLock()
         self.path = path
+        self._forget()
+        self.refresh()
+
+    def _forget(self) -> None:
+        """Know nothing of the gallery, as before the first `refresh`."""
+        self._read = 0  # bytes of the journal
+        self._stamp: tuple[int, int] | None = None  # of the header that was read
         self.header: Header | None = None
         self.ids: list[Identifier | None] = []
         self.rows: dict[Identifier, int] = {}
-        self.refresh()
 
     def refresh(self) -> None:
         """Read what others have written since.
@@ -73,10 +81,23 @@ class GalleryStore:
         Raises:
             EngineError: no gallery but something else there, a damaged one, or a newer one.
         """
-        if self.header is None:
-            self.header = self._read_header()
-        if self.header is None:
-            return
+        with self.guard:
+            while (stamp := self._header_stamp()) != self._stamp or self.header is None:
+                self._forget()
+                self._stamp, self.header = stamp, self._read_header()
+                if self.header is None:
+                    return
+            self._read_journal()
+
+    def _header_stamp(self) -> tuple[int, int] | None:
+        """What tells this gallery from one that is made anew in its place."""
+        try:
+            found = (self.path / HEADER).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _read_journal(self) -> None:
         try:
             with (self.path / JOURNAL).open("rb") as stream:
                 stream.seek(self._read)
@@ -98,6 +119,8 @@ class GalleryStore:
         """
         import fcntl  # not above: searching must work on Windows as well
 
+        if self._writer is not None and not self._is_locked_here(self._writer):
+            self.close()  # the folder was deleted, and with it the lock
         if self._writer is None:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -113,6 +136,13 @@ class GalleryStore:
                 ) from None
             self._writer = descriptor
         self.refresh()
+
+    def _is_locked_here(self, descriptor: int) -> bool:
+        """Whether a lock is still that of the folder."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / LOCK))
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Let others write. Garbage collection and the end of the process do the same."""
@@ -132,7 +162,7 @@ class GalleryStore:
         new = self.path / f".{HEADER}.new"
         new.write_text(json.dumps(asdict(header), indent=2) + "\n", "utf-8")
         os.replace(new, self.path / HEADER)
-        self.header = header
+        self._stamp, self.header = self._header_stamp(), header
 
     def append(self, ids: list[Identifier], kinds: Mapping[str, Array]) -> None:
         """Add images, or put them in the place of those with the same ids; the writer does.

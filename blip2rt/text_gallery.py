@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .gallery_base import ADD_BATCH, RERANKED, GalleryBase, Ranking, checked_count, in_order
+from .gallery_base import ADD_BATCH, RERANKED, GalleryBase, Ranking, checked_count, guarded, in_order
 from .gallery_scan import nearest
 from .gallery_store import checked_ids
 from .inputs import as_list, is_list
@@ -28,6 +28,7 @@ class TextGallery(GalleryBase):
 
     HOLDS = "texts"
 
+    @guarded
     def add(self, texts: str | Sequence[str]) -> None:
         """Add one text or a list of them; those that it has already are left as they are.
 
@@ -46,6 +47,7 @@ class TextGallery(GalleryBase):
                 self._store.create(self.engine.manifest.source_sha256, (1, embeds.shape[1]), None, self.HOLDS)
             self._store.append(checked_ids(batch), {"itc": embeds[:, None]})
 
+    @guarded
     def search(self, images: Any, k: int = 10, *, rerank: int | None = None) -> Ranking:
         """The k texts that fit each image best.
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,50 @@ def test_any_changes_leave_what_a_dictionary_would_hold(
             assert [[reader._store.ids[r] for r in rs] for rs in rows] == [
                 [list(held)[p] for p in ps] for ps in expected
             ]
+
+
+def test_many_threads_read_what_another_writes(tmp_path: Path) -> None:
+    """One reader, used by several threads at once: each sees whole batches, none twice, and finds what it sees."""
+    vectors = unit((400, 2, 16))
+    writer, reader = Gallery(tmp_path / "g"), Gallery(tmp_path / "g")
+    writer.add_embeddings(vectors[:4], list(range(4)))
+
+    def read(_: int) -> None:
+        while len(ids := reader.ids) < len(vectors):
+            assert ids == list(range(len(ids)))
+            assert len(ids) % 4 == 0
+            with reader.guard:
+                known = len(reader)
+                rows = reader.nearest(vectors[known - 1, :1], known)[0]
+            assert rows[0, 0] == known - 1
+            assert len(rows[0]) == known
+
+    with ThreadPoolExecutor(6) as pool:
+        running = [pool.submit(read, i) for i in range(6)]
+        for start in range(4, len(vectors), 4):
+            writer.add_embeddings(vectors[start : start + 4], list(range(start, start + 4)))
+        for thread in running:
+            thread.result()
+
+
+def test_a_gallery_made_anew_in_its_place(tmp_path: Path) -> None:
+    """A reader forgets the old one, and an old writer does not write beside the new one."""
+    path = tmp_path / "g"
+    old, reader = Gallery(path), Gallery(path)
+    old.add_embeddings(unit((5, 2, 3)), list("abcde"))
+    assert reader.ids == list("abcde")
+    shutil.rmtree(path)
+    assert reader.ids == []
+    new = Gallery(path)
+    new.add_embeddings(unit((7, 4, 8), seed=1), list("tuvwxyz"))
+    assert reader.ids == list("tuvwxyz")
+    rows, _ = reader.nearest(unit((7, 4, 8), seed=1)[3, :1], 1)
+    assert reader.id_at(rows[0, 0]) == "w"
+    with pytest.raises(EngineError, match="another process or Gallery is writing"):
+        old.add_embeddings(unit((1, 4, 8)), ["k"])
+    new.close()
+    old.remove(["t"])
+    assert reader.ids == list("uvwxyz")
 
 
 WRITER = """

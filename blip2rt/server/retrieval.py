@@ -83,8 +83,9 @@ def router(engines: Engines, answering: Answering) -> APIRouter:
                 pool = rerank
                 if pool is None and gallery.has_features:
                     pool = min(settings.max_pairs, RERANKED)
-                found = gallery.search(text, k, rerank=pool)
-                return [(i, float(score), gallery.row_of(i)) for i, score in zip(*found, strict=True)]
+                with gallery.guard:
+                    found = gallery.search(text, k, rerank=pool)
+                    return [(i, float(score), gallery.row_of(i)) for i, score in zip(*found, strict=True)]
 
             found = await answering.call(request, engine, work)
         shown = settings.pictures is not None
