@@ -1,18 +1,23 @@
-"""The words of the bundled model: two tokenizers, and the documents from which its language model learns to read.
+"""Write the words of the bundled model: two tokenizers, and documents from which its language model learns to read.
+
+    python training/make_texts.py --sprites DIR --output DIR
 
 OUTPUT/tokenizer/         byte-level BPE as OPT's, whose newline ends a text
 OUTPUT/text_tokenizer/    WordPiece as BERT's, for the Q-Former
 OUTPUT/documents.txt      one scene a document: captions, questions and answers in any order, one a line
 """
 
-from collections.abc import Iterable, Iterator
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, GPT2Tokenizer
 
-from blip2rt.data.scenes import Scenes
+from blip2rt import Blip2rtError, InputError
+from blip2rt.data.scenes import Scenes, Sprites
 from blip2rt.data.scenes.words import Lexicon
 from blip2rt.progress import progress
 
@@ -22,6 +27,23 @@ PROMPT, QUESTION = "a photo of", "Question: {} Answer:"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SAMPLE = 3000  # scenes from whose texts the byte-level BPE learns its words
 PROMPTED = 0.7  # share of the captions in documents that begin with the prompt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write tokenizers and documents of composed scenes.")
+    parser.add_argument("--sprites", type=Path, required=True, metavar="DIR", help="of STYLE/NAME.png")
+    parser.add_argument("--styles", nargs="+", metavar="STYLE", help="art styles (default: all)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--vocab-size", type=int, default=1024, help="rows of both models (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=80_000, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        scenes = Scenes(Sprites.open(args.sprites, args.styles), "train")
+        write_texts(scenes, args.output, args.vocab_size, args.documents)
+    except (Blip2rtError, OSError) as error:
+        print(f"make_texts: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def write_texts(scenes: Scenes, output: Path, vocab_size: int, documents: int) -> None:
@@ -79,7 +101,7 @@ def word_tokenizer(lexicon: Lexicon, vocab_size: int, directory: Path) -> BertTo
     """BERT's WordPiece over the words of the scenes and, for all others, single letters."""
     words = list(dict.fromkeys([*SPECIAL, *lexicon.vocabulary(), *LETTERS, *(f"##{letter}" for letter in LETTERS)]))
     if len(words) > vocab_size:
-        raise ValueError(f"{len(words)} words do not fit into {vocab_size} rows")
+        raise InputError(f"{len(words)} words do not fit into --vocab-size {vocab_size}")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
     return BertTokenizer.from_pretrained(directory, bos_token="[DEC]", local_files_only=True)
@@ -91,3 +113,7 @@ def _sample(scenes: Scenes) -> Iterator[str]:
         yield f"{word} {word} {word} {word}"
     for index in range(SAMPLE):
         yield document(scenes, index)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,17 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
-from model_card import write_card
-from small_texts import write_texts
-
 from blip2rt import Blip2rtError, InputError
-from blip2rt.data.scenes import Scenes, Sprites
 from blip2rt.training.recipe import read_recipe
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
 STYLES, UNSEEN = ("noto", "twemoji", "fluent", "emojione"), "openmoji"
-VOCABULARY, DOCUMENTS = 1024, 80_000
+DOCUMENTS = 80_000
 STAGES = {  # folder of OUTPUT -> recipe
     "vision": "small-vision",
     "language": "small-language",
@@ -73,7 +69,7 @@ class Chain:
         for name in ("before-stage1", "ablation-with", "ablation-without"):
             self.export(f"compared/{name}/engine", name)
         self.measure()
-        write_card(self.output, list(STAGES))
+        call(HERE / "write_card.py", self.output)
 
     def train(self, name: str, recipe: str, overrides: Sequence[str] = ()) -> None:
         """One training, into OUTPUT/NAME; how long it took goes into OUTPUT/NAME/facts.json."""
@@ -122,8 +118,8 @@ class Chain:
         return max(least, round(number * self._part))
 
     def _write_texts(self) -> None:
-        scenes = Scenes(Sprites.open(self.sprites, self.styles), "train")
-        write_texts(scenes, self.output / "texts", VOCABULARY, self.scaled(DOCUMENTS, least=200))
+        arguments = ["--sprites", self.sprites, "--styles", *self.styles, "--output", self.output / "texts"]
+        call(HERE / "make_texts.py", *arguments, "--documents", self.scaled(DOCUMENTS, least=200))
 
     def _settings(self, recipe_file: Path) -> list[str]:
         """What replaces values of the recipe: the folders of this chain, and shorter runs."""
@@ -214,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Blip2rtError as error:
         print(f"train_small: {error}", file=sys.stderr)
         return 1
-    print(f"the card is {output / 'card' / 'README.md'}")
+    print(f"the tables are in {output / 'card' / 'tables.md'}; make_bundled.py puts the model into the package")
     return 0
 
 

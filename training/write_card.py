@@ -1,7 +1,12 @@
-"""From a folder of `train_small.py` to a model card: its tables, the curves of every stage, the sheet of pictures."""
+"""From a folder of `train_small.py` to a model card: its tables, the curves of every stage, the sheet of pictures.
 
+python training/write_card.py RUNS
+"""
+
+import argparse
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from typing import Any
 Table = dict[str, Any]
 WIDTH, HEIGHT, MARGIN, TITLE = 300, 150, 34, 22  # of one curve's panel, in pixels of the SVG
 COLORS = ("#1f5fbf", "#c2571a", "#12702b", "#7b3fa0", "#5f6368")
+STAGES = ("vision", "language", "stage1", "stage2", "captioner", "retriever")
 NO_LOSSES = ("step", "learning_rate", "gradient_norm", "bad_records", "seconds")
 SMOOTH = 0.05  # a curve is a mean over so large a part of its points
 ROWS = {  # key of scenes-table.json -> how the card calls it
@@ -40,27 +46,39 @@ COLUMNS = {  # folder of tables -> what it measures
 }
 
 
-def write_card(runs: Path, stages: Sequence[str]) -> None:
-    """Write RUNS/card: README.md, curves.svg, sheet.png, log.json.
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write RUNS/card: tables, curves, the sheet of pictures, the log.")
+    parser.add_argument("runs", type=Path, help="what train_small.py made")
+    args = parser.parse_args(argv)
+    try:
+        write_card(args.runs)
+    except OSError as error:
+        print(f"write_card: {error}: train_small.py makes what is missing", file=sys.stderr)
+        return 1
+    return 0
 
-    Args:
-        runs: what `train_small.py` made.
-        stages: its trainings, in their order.
-    """
+
+def write_card(runs: Path) -> None:
+    """Write RUNS/card: tables.md, tables.json, curves.svg, sheet.png, log.json."""
     card = runs / "card"
     card.mkdir(exist_ok=True)
-    logs = {stage: read_log(runs / stage / "log.jsonl") for stage in stages}
-    facts = {stage: json.loads((runs / stage / "facts.json").read_text("utf-8")) for stage in stages}
+    logs = {stage: read_log(runs / stage / "log.jsonl") for stage in STAGES}
+    facts = {stage: json.loads((runs / stage / "facts.json").read_text("utf-8")) for stage in STAGES}
     tables = {path.parent.name: json.loads(path.read_text("utf-8")) for path in runs.glob("tables/*/scenes-table.json")}
     if "prior" in tables.get("main", {}):
         tables["prior"] = tables["main"]["prior"]
     (card / "curves.svg").write_text(draw_curves(logs), "utf-8")
     shutil.copy(runs / "tables" / "main" / "sheet.png", card / "sheet.png")
     thinned = {stage: thin(log) for stage, log in logs.items()}
-    log = {stage: {**facts[stage], "log": thinned[stage]} for stage in stages}
+    log = {stage: {**facts[stage], "log": thinned[stage]} for stage in STAGES}
     (card / "log.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
-    sections = [stage_table(logs, facts), comparison(tables), by_kind(tables["main"])]
-    (card / "tables.md").write_text("\n\n".join(sections) + "\n", "utf-8")
+    sections = {
+        "stages": stage_table(logs, facts),
+        "comparison": comparison(tables),
+        "kinds": by_kind(tables["main"]),
+    }
+    (card / "tables.json").write_text(json.dumps(sections, indent=1) + "\n", "utf-8")
+    (card / "tables.md").write_text("\n\n".join(sections.values()) + "\n", "utf-8")
 
 
 def read_log(path: Path) -> list[Table]:
@@ -160,3 +178,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """Means over a window that ends at each point."""
     window = max(1, round(len(values) * SMOOTH))
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
