@@ -80,17 +80,19 @@ def caption(arguments: argparse.Namespace) -> int:
     return _write_results(
         arguments,
         CAPTION_DEFAULTS,
-        lambda pipe, images, **keywords: pipe.caption(images, arguments.prompt, **keywords),
+        lambda pipe, images, **keywords: pipe.caption(images, arguments.prompt, rerank=arguments.rerank, **keywords),
     )
 
 
 def answer(arguments: argparse.Namespace) -> int:
-    """Answer a question about pictures."""
-    return _write_results(
-        arguments,
-        ANSWER_DEFAULTS,
-        lambda pipe, images, **keywords: pipe.answer(images, arguments.question, **keywords),
-    )
+    """Answer a question about pictures; of a closed list, where one is given."""
+
+    def run(pipe: Pipeline, images: Any, **keywords: Any) -> list[Generation]:
+        if arguments.candidates:
+            keywords = {"candidates": _lines(arguments.candidates)} | _given(keywords)
+        return pipe.answer(images, arguments.question, **keywords)
+
+    return _write_results(arguments, ANSWER_DEFAULTS, run)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -221,6 +223,8 @@ def _write_results(
         paths = arguments.images[start : start + BATCH_SIZE]
         prepared = [_preprocess(pipe, path) for path in paths]
         readable = [pixels for pixels in prepared if not isinstance(pixels, ImageError)]
+        if getattr(arguments, "rerank", None):  # pixel values are one engine's, and two look at the picture
+            readable = [path for path, found in zip(paths, prepared, strict=True) if not isinstance(found, ImageError)]
         keywords = {"options": options, "strip_prefix": arguments.strip_prefix}
         results = iter(run(pipe, readable, **keywords) if readable else [])
         for path, pixels in zip(paths, prepared, strict=True):
@@ -228,6 +232,21 @@ def _write_results(
             _write_row(path, None if error else next(results), error, arguments.json)
             status = status or int(error is not None)
     return status
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file that hold something."""
+    try:
+        lines = Path(path).read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it holds one candidate a line, in UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _given(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """The keywords that are not as if they had been left out."""
+    is_default = keywords.get("options") == GenerationOptions()
+    return {name: value for name, value in keywords.items() if value and not (name == "options" and is_default)}
 
 
 def _options(arguments: argparse.Namespace) -> GenerationOptions:
@@ -247,6 +266,9 @@ def _write_row(path: str, result: Generation | None, error: ImageError | None, a
         row |= {key: getattr(result, key, None) for key in RESULT_KEYS}
         others = result.alternatives if result else []
         row |= {"alternatives": [{key: getattr(other, key) for key in RESULT_KEYS} for other in others]}
+        if getattr(result, "itm", None) is not None:  # re-ranked captions
+            for found, caption in zip((row, *row["alternatives"]), (result, *others), strict=True):
+                found["itm"] = getattr(caption, "itm", None)
         write_line(row | {"error": str(error) if error else None}, "", as_json)
     elif result is None:
         print(f"blip2rt: {path}: {error}", file=sys.stderr)
@@ -312,8 +334,13 @@ def _parser() -> argparse.ArgumentParser:
         add_engine(added)
         if run is answer:
             added.add_argument("--question", required=True)
+            added.add_argument("--candidates", metavar="FILE", help="rank these answers, one a line; generate nothing")
         else:
             added.add_argument("--prompt", **({"default": CAPTION_PROMPT} if run is caption else {"required": True}))
+        if run is caption:
+            added.add_argument(
+                "--rerank", choices=("itm",), help="order the captions found by a retrieval engine beside"
+            )
         add_strip_prefix(added)
         add_options(added)
     add_bulk(command(bulk))

@@ -8,6 +8,7 @@ question, appended batch by batch; of retrieval what `evaluate_retrieval` says),
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from .data import CaptionItem, Question, read_captions, read_questions
 from .data.cleaning import clean_question
 from .errors import InputError
 from .evaluate_retrieval import evaluate_retrieval
-from .evaluate_scores import Scores, score
+from .evaluate_scores import Scores, score, submission
+from .evaluation.captions import not_scorable
 from .inputs import BATCH_SIZE
 from .pipeline import Pipeline
-from .presets import RETRIEVE, VQA, Preset
+from .presets import CAPTION, RETRIEVE, VQA, Preset
 from .progress import Progress
 
 
@@ -31,6 +33,7 @@ class Report:
     preset: str
     source: str
     items: int
+    engine: str  # its precision, and the checkpoint it was made of
     found: dict[str, float]
     published: dict[str, float]
     not_scored: dict[str, str]
@@ -38,7 +41,11 @@ class Report:
     differs: list[str]  # how the engine differs from what the preset asks for, where the caller insisted
 
     def __str__(self) -> str:
-        rows = [f"{self.preset}: {self.items} items ({self.source})", f"{'':<24}{'here':>10}{'published':>12}"]
+        rows = [
+            f"{self.preset}: {self.items} items ({self.source})",
+            f"engine: {self.engine}",
+            f"{'':<24}{'here':>10}{'published':>12}",
+        ]
         for name in dict.fromkeys((*self.published, *self.found)):
             here = f"{self.found[name]:.2f}" if name in self.found else "not scored"
             there = f"{self.published[name]:.2f}" if name in self.published else ""
@@ -69,24 +76,30 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
     if differs and (not any_engine or manifest.kind != preset.kind):
         raise InputError(
             f"{pipe.directory} is not the engine of {preset.name}: {'; '.join(differs)}. Make it with "
-            f"`{preset.export_command()}`" + (", or pass --any-engine" if manifest.kind == preset.kind else "")
+            f"`{preset.export_command()}`"
+            + ("" if preset.checkpoint else " (nobody published its checkpoint)")
+            + (", or pass --any-engine" if manifest.kind == preset.kind else "")
         )
     items: Sequence[CaptionItem | Question]
     if preset.task == VQA:
         items = read_questions(data, preset.data_set, preset.split)
     else:
         items = read_captions(data, preset.data_set, preset.split)
+    if preset.task == CAPTION:
+        warn_of(not_scorable())
     _claim(output, {"preset": asdict(preset), "engine": manifest.digest(), "items": _digest(items)})
     if preset.task == RETRIEVE:
         pictures = [item for item in items if isinstance(item, CaptionItem)]
         scores = Scores(evaluate_retrieval(pipe, pictures, output, preset))
     else:
-        scores = score(preset, items, _predict(preset, pipe, items, output / "predictions.jsonl"))
-        _write(output / "submission.json", scores.submission)
+        texts = _predict(preset, pipe, items, output / "predictions.jsonl")
+        _write(output / "submission.json", submission(preset, items, texts))
+        scores = score(preset, items, texts)
     report = Report(
         preset.name,
         preset.source,
         len(items),
+        f"{manifest.precision}, {manifest.source_id} (sha256 {manifest.source_sha256[:16]})",
         scores.found,
         preset.published,
         scores.not_scored,
@@ -95,6 +108,13 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
     )
     _write(output / "table.json", asdict(report))
     return report
+
+
+def warn_of(not_scored: dict[str, str]) -> None:
+    """Say before the work what will be missing after it."""
+    for reason in dict.fromkeys(not_scored.values()):
+        names = ", ".join(name for name, why in not_scored.items() if why == reason)
+        print(f"will not be scored: {names} ({reason})", file=sys.stderr)
 
 
 def _digest(items: Sequence[CaptionItem | Question]) -> str:
@@ -109,7 +129,11 @@ def _claim(output: Path, run: dict[str, Any]) -> None:
     path = output / "run.json"
     output.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        if json.loads(path.read_text("utf-8")) != run:
+        try:
+            known = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}): delete {output}, or choose another --output") from None
+        if known != run:
             raise InputError(f"{output} holds another run (another preset, model or data set): choose another --output")
     elif any(file.name != _new(path).name for file in output.iterdir()):
         raise InputError(f"{output} holds files of something else: choose another --output")
@@ -145,14 +169,19 @@ def _read_predictions(path: Path) -> Iterator[tuple[int | str, str]]:
     """What an earlier run has written; a line that it did not finish is cut off."""
     if not path.exists():
         return
-    whole = 0
+    whole = number = 0
     with path.open("rb") as stream:
         for line in stream:
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
+            number += 1
+            try:
+                row = json.loads(line)
+                identifier, text = row["id"], row["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path}, line {number} is damaged ({error!r}): delete the line") from None
             whole += len(line)
-            yield row["id"], row["text"]
+            yield identifier, text
     os.truncate(path, whole)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from .data import CaptionItem
 from .data.cleaning import clean_caption
+from .errors import InputError
 from .evaluation import retrieval_table
 from .evaluation.recall import NOT_RANKED
 from .gallery import Gallery
@@ -37,14 +38,17 @@ def evaluate_retrieval(pipe: Pipeline, items: Sequence[CaptionItem], output: Pat
         preset: how captions are cleaned and cut, and how many candidates ITM looks at for each query.
     """
     engine = pipe.retrieval_engine
+    ids = _cut(_token_ids(engine, items, preset), preset.text_length)
     with Gallery(output / "gallery", pipe) as gallery:
         known = set(gallery.ids)
         left = [item for item in items if item.id not in known]
+        bar = Progress("images", len(items))
+        bar.advance(len(items) - len(left))
         for start in range(0, len(left), ADD_BATCH):
             batch = left[start : start + ADD_BATCH]
             gallery.add([item.path for item in batch], [item.id for item in batch])
-        captions = [clean_caption(text, preset.style) for item in items for text in item.captions]
-        ids = _cut(engine.token_ids(captions), preset.text_length)
+            bar.advance(len(batch))
+        bar.close()
         image_of_text = [image for image, item in enumerate(items) for _ in item.captions]
         itc = gallery.cosines(engine.embed(ids), [item.id for item in items])  # [I, T]
         i2t, t2i = np.full(itc.shape, NOT_RANKED, np.float32), np.full(itc.T.shape, NOT_RANKED, np.float32)
@@ -78,7 +82,7 @@ def _itm_logits(
             for line in stream:
                 if not line.endswith(b"\n"):
                     break  # its writer was killed
-                found.append({int(text): logit for text, logit in json.loads(line).items()})
+                found.append(_read_line(line, wanted, len(found), path))
                 whole += len(line)
         os.truncate(path, whole)
     bar = Progress("ITM", len(items))
@@ -94,6 +98,26 @@ def _itm_logits(
             bar.advance()
     bar.close()
     return found
+
+
+def _read_line(line: bytes, wanted: Sequence[set[int]], image: int, path: Path) -> dict[int, float]:
+    """A whole line of an earlier run."""
+    try:
+        logits = {int(text): float(logit) for text, logit in json.loads(line).items()}
+        if image >= len(wanted) or logits.keys() != wanted[image]:
+            raise ValueError("other texts than this image's")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path}, line {image + 1} is damaged ({error}): delete the file, and run it again") from None
+    return logits
+
+
+def _token_ids(engine: RetrievalEngine, items: Sequence[CaptionItem], preset: Preset) -> list[list[int]]:
+    """Of every caption as the preset's source cleans it."""
+    cleaned = [(clean_caption(text, preset.style), text, item) for item in items for text in item.captions]
+    empty = [f"{text!r} of {item.path.name}" for words, text, item in cleaned if not words]
+    if empty:
+        raise InputError(f"captions without a word: {', '.join(empty)}")
+    return engine.token_ids([words for words, _, _ in cleaned])
 
 
 def _cut(rows: Sequence[list[int]], length: int) -> list[list[int]]:

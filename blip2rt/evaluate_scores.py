@@ -8,19 +8,27 @@ from .data import CaptionItem, Question
 from .evaluation import exact_accuracy, score_captions, vqa_accuracy
 from .evaluation.lemmas import load_lemmatizer
 from .evaluation.vqa import accuracy_table
-from .presets import Preset
+from .presets import VQA, Preset
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")  # of NoCaps
 
 
 @dataclass
 class Scores:
-    """What came out: percent by name, why names are missing, and what the official server takes."""
+    """What came out: percent by name, and why names are missing."""
 
     found: dict[str, float]
     not_scored: dict[str, str] = field(default_factory=dict)
-    submission: list[dict[str, Any]] = field(default_factory=list)
     by_question_type: dict[str, float] = field(default_factory=dict)
+
+
+def submission(preset: Preset, items: Sequence[CaptionItem | Question], texts: Mapping[Any, str]) -> list[Any]:
+    """What the official server takes of texts by id."""
+    if preset.task != VQA:
+        return [{"image_id": item.id, "caption": texts[item.id]} for item in items]
+    answers = _as_scored(preset, [texts[item.id] for item in items])[0]
+    identifier, answer = ("questionId", "prediction") if preset.data_set == "gqa" else ("question_id", "answer")
+    return [{identifier: item.id, answer: said} for item, said in zip(items, answers, strict=True)]
 
 
 def score(preset: Preset, items: Sequence[CaptionItem | Question], texts: Mapping[Any, str]) -> Scores:
@@ -29,7 +37,7 @@ def score(preset: Preset, items: Sequence[CaptionItem | Question], texts: Mappin
     if questions:
         return _score_answers(preset, questions, [texts[question.id] for question in questions])
     pictures = [item for item in items if isinstance(item, CaptionItem)]
-    scores = Scores({}, submission=[{"image_id": picture.id, "caption": texts[picture.id]} for picture in pictures])
+    scores = Scores({})
     for domain in (None, *DOMAINS):
         among = [picture for picture in pictures if domain in (None, picture.domain)]
         if among:
@@ -46,20 +54,11 @@ def _add_caption_scores(scores: Scores, pictures: Sequence[CaptionItem], texts: 
 
 
 def _score_answers(preset: Preset, questions: Sequence[Question], answers: list[str]) -> Scores:
-    as_said, not_scored = "", dict[str, str]()
-    if preset.lemmatizes:
-        lemmatize, why_not = load_lemmatizer()
-        if lemmatize:
-            answers = [lemmatize(answer) for answer in answers]
-        else:
-            as_said, not_scored = ", not lemmatised", {"accuracy": why_not}
-    if preset.data_set == "gqa":
-        submission = [{"questionId": q.id, "prediction": a} for q, a in zip(questions, answers, strict=True)]
-    else:
-        submission = [{"question_id": q.id, "answer": a} for q, a in zip(questions, answers, strict=True)]
+    answers, why_not = _as_scored(preset, answers)
+    as_said, not_scored = (", not lemmatised", {"accuracy": why_not}) if why_not else ("", {})
     if not any(question.answers for question in questions):
         reason = f"the answers of {preset.split} are not public: send submission.json to the official server"
-        return Scores({}, {"accuracy": reason}, submission)
+        return Scores({}, {"accuracy": reason})
     accuracies = [
         exact_accuracy(answer, question.answers[0])
         if preset.data_set == "gqa"
@@ -69,4 +68,12 @@ def _score_answers(preset: Preset, questions: Sequence[Question], answers: list[
     table = accuracy_table([asdict(question) for question in questions], accuracies)
     found = {f"accuracy{as_said}": table["overall"]}
     found |= {f"accuracy, {kind}{as_said}": value for kind, value in table["perAnswerType"].items()}
-    return Scores(found, not_scored, submission, table["perQuestionType"])
+    return Scores(found, not_scored, table["perQuestionType"])
+
+
+def _as_scored(preset: Preset, answers: list[str]) -> tuple[list[str], str]:
+    """Answers as the preset's source scores them, lemmatised perhaps; and, where that cannot be, why not."""
+    if not preset.lemmatizes:
+        return answers, ""
+    lemmatize, why_not = load_lemmatizer()
+    return ([lemmatize(answer) for answer in answers], "") if lemmatize else (answers, why_not)

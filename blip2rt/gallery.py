@@ -140,7 +140,7 @@ class Gallery(GalleryBase):
         Of equal cosines the image that was added first comes first.
         """
         self._filled()
-        return nearest(self._store, text_embeds[:, None], k)
+        return nearest(self._store, text_embeds[:, None], k, self.threads)
 
     @guarded
     def cosines(self, text_embeds: Array, ids: Sequence[Identifier]) -> Array:
@@ -151,7 +151,7 @@ class Gallery(GalleryBase):
             EngineError: the gallery is empty.
         """
         self._filled()
-        found = np.concatenate([part for _, part in cosines(self._store, text_embeds[:, None])])
+        found = np.concatenate([part for _, part in cosines(self._store, text_embeds[:, None], self.threads)])
         return found[[self.row_of(identifier) for identifier in ids]]
 
     @guarded

@@ -101,6 +101,11 @@ class GalleryBase:
         return self._pipeline
 
     @property
+    def threads(self) -> int | None:
+        """Cores that a search uses: the pipeline's, once it is open; None: all."""
+        return self._pipeline.threads if isinstance(self._pipeline, Pipeline) else None
+
+    @property
     def engine(self) -> RetrievalEngine:
         """The pipeline's retrieval engine."""
         return self.pipeline.retrieval_engine

@@ -29,17 +29,17 @@ LEAST_ROWS = 32  # of a matrix product, where there are as many
 BIAS = np.float32(2.0**112)  # between the exponents of float16 and float32
 
 
-def nearest(store: GalleryStore, queries: Array, k: int) -> tuple[Array, Array]:
+def nearest(store: GalleryStore, queries: Array, k: int, threads: int | None = None) -> tuple[Array, Array]:
     """Rows [T, k] and cosines [T, k] of what lies nearest to queries [T, P, E], best first; exact.
 
     Of equal cosines what was added first comes first. A shard is mapped at a time, so that the memory in use does not
-    grow with the gallery.
+    grow with the gallery. `threads`: cores to use; None: all.
     """
     alive = np.array([identifier is not None for identifier in store.ids])
     k = min(k, len(store.rows))
     best = np.empty((len(queries), 0), np.float32)
     rows = np.empty((len(queries), 0), np.int64)
-    for first, found in cosines(store, queries):
+    for first, found in cosines(store, queries, threads):
         living = np.flatnonzero(alive[first : first + len(found)])
         largest, places = top(found[living].T, k)
         best = np.concatenate((best, largest), axis=1)
@@ -49,13 +49,13 @@ def nearest(store: GalleryStore, queries: Array, k: int) -> tuple[Array, Array]:
     return rows, best
 
 
-def cosines(store: GalleryStore, queries: Array) -> Iterator[tuple[int, Array]]:
+def cosines(store: GalleryStore, queries: Array, threads: int | None = None) -> Iterator[tuple[int, Array]]:
     """First row and cosines [n, T] of every shard with queries [T, P, E], dead rows included."""
     num_queries, num_parts, width = queries.shape
     if store.header is None or width != store.header.itc[-1]:  # the native pass would read beyond the queries
         raise InputError(f"embeddings of width {width}, and {store.path} wants {store.header and store.header.itc[-1]}")
     compare = (native_cosines() or numpy_cosines)(queries.reshape(-1, width))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
         for first, shard in store.shards("itc"):
             block = -(-len(shard) // BLOCKS)
             blocks = (shard[start : start + block] for start in range(0, len(shard), block))

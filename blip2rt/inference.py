@@ -31,14 +31,18 @@ def inference_model(
         {"pred_caption": text}, or {"question": question, "pred_answer": text}.
 
     Raises:
-        InputError: an unknown name, or a question where none belongs, or none where one does.
+        InputError: an unknown name, or a question where none belongs, or none where one does, or no string.
     """
+    if not isinstance(name, str):
+        raise InputError(f"the model is named by a string, not {name!r}: one of {', '.join(MODELS)}")
     if name not in MODELS:
         nearest = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.0)[0]
         raise InputError(f"there is no model {name!r}; did you mean {nearest!r}? All: {', '.join(MODELS)}")
     preset = find_preset(MODELS[name])
     if (question is not None) != (preset.task == VQA):
         raise InputError(f"{name} takes {'an image and a question' if preset.task == VQA else 'an image alone'}")
+    if question is not None and not isinstance(question, str):
+        raise InputError(f"question must be one string, asked of every image, not {type(question).__name__}")
     pipe = engine if isinstance(engine, Pipeline) else Pipeline(engine)
     prompt = preset.prompt if question is None else preset.ask(question)
     images = image if is_list(image) else [image]

@@ -69,6 +69,7 @@ class Pipeline:
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise InputError(f"threads must be a whole number of at least 1, not {threads!r}")
+        self.threads = threads
         engines = find_engines(path, name)
         manifests = {kind: checked_manifest(directory, device) for kind, directory in engines.items()}
         self._retrieval = (
@@ -183,8 +184,8 @@ class Pipeline:
         """Caption: by default 5 beams and at most 30 tokens after "a photo of". Returns `Caption` or a list of them.
 
         With rerank="itm" and a retrieval engine beside, all sequences that are found (by default as many as beams) are
-        ordered by how well ITM finds that they match the image. `strip_prefix`, one text or several, is taken off the
-        beginning of the texts, whatever its case.
+        ordered by how well ITM finds that they match the image (`Caption.itm`). `strip_prefix`, one text or several, is
+        taken off the beginning of the texts, whatever its case.
 
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.

@@ -26,7 +26,7 @@ class Preset:
     data_set: str
     split: str
     config: str  # what the engine is exported with: a name for --config
-    checkpoint: str  # the published file
+    checkpoint: str  # the published file; empty: nobody published it
     source: str
     published: dict[str, float]
     prompt: str = ""
@@ -58,13 +58,16 @@ class Preset:
         """How the engine is made from the published file."""
         if self.reads_questions:
             return f"blip2rt export --model {self.checkpoint}"
-        layers = f" --vision-layers {self.vision_layers}" if self.vision_layers else ""
-        command = f"blip2rt export --model {self.checkpoint} --config {self.config}{layers}"
+        config, is_mmpretrain = self.config, self.style == "mmpretrain"
+        options = ""
+        if is_mmpretrain and self.image_size != 224:  # its files were trained with 224 px
+            config, options = config.removesuffix(f"-{self.image_size}"), f" --image-size {self.image_size}"
+        command = f"blip2rt export --model {self.checkpoint or 'CHECKPOINT'} --config {config}{options}"
         if self.task == RETRIEVE:
-            return f"{command} --text-tokenizer bert-base-uncased"
-        llm = next(llm for name, llm in LANGUAGE_MODELS.items() if name in self.config)
-        vision = "" if self.checkpoint.startswith("blip2_caption") else f" --vision {VISION['vitl' in self.config]}"
-        return f"{command}{vision} --llm {llm}"
+            return f"{command} --text-tokenizer {BERT}"
+        if not is_mmpretrain and not self.checkpoint.startswith("blip2_caption"):  # saved without the image encoder
+            command += f" --vision {VISION['vitl' in self.config]}"
+        return f"{command} --llm {next(llm for name, llm in LANGUAGE_MODELS.items() if name in self.config)}"
 
     def problems(self, manifest: Manifest) -> list[str]:
         """What keeps an engine from giving this row; none: it fits."""
@@ -98,6 +101,8 @@ LANGUAGE_MODELS = {
     "flan-t5-xl": "google/flan-t5-xl",
 }
 WIDTHS = {"opt-2.7b": "opt-2560", "opt-6.7b": "opt-4096", "flan-t5-xxl": "t5-4096", "flan-t5-xl": "t5-2048"}
+BERT = "google-bert/bert-base-uncased"
+UNPUBLISHED = ("opt-2.7b-vitl",)  # of the paper's stage-2 models
 VISION = {False: "eva_vit_g.pth", True: "clip_vit_L.pth"}
 OPT_PROMPT_TOKENS = 32  # LAVIS's max_txt_len: a longer question loses its "Answer:"; with T5 it cuts nothing
 OPT_QUESTION, T5_QUESTION = "Question: {} Answer:", "Question: {} Short answer:"
@@ -108,7 +113,9 @@ def _options(**keywords: Any) -> GenerationOptions:
 
 
 def _file(model: str) -> str:
-    """LAVIS's file of a stage-2 model."""
+    """LAVIS's file of a stage-2 model; "" where there is none."""
+    if model in UNPUBLISHED:
+        return ""
     short = model.replace("flan-t5-", "flant5").replace("opt-", "opt").replace("-vitl", "_vitL")
     return f"blip2_pretrained_{short}.pth"
 
@@ -210,7 +217,7 @@ def _paper_retrieval() -> list[Preset]:
             split="test",
             config=f"blip2{vision}-364",
             image_size=364,
-            checkpoint="blip2_finetune_coco.pth" if not vision else "the ViT-L file, which was not published",
+            checkpoint="" if vision else "blip2_finetune_coco.pth",
             source=f"{PAPER}, table 5",
             published=dict(zip(names, row, strict=True)),
         )
@@ -276,25 +283,27 @@ def _lavis() -> list[Preset]:
 
 
 MMPRETRAIN = "mmpretrain, configs/blip2 (its README and metafile)"
+MMPRETRAIN_OPT = "blip2-opt2.7b_3rdparty_pretrain_20230505-b51db4e1.pth"  # captions and answers
 MMPRETRAIN_ROWS = [
     Preset(
         name="mmpretrain-caption-opt-2.7b",
         task=CAPTION, data_set="coco", split="val", config="blip2-opt-2.7b-364", image_size=364, vision_layers=38,
-        checkpoint="blip2-opt2.7b_3rdparty-zeroshot_caption.pth", source=MMPRETRAIN,
+        checkpoint=MMPRETRAIN_OPT, source=MMPRETRAIN,
         published={"Bleu_4": 32.90, "CIDEr": 111.10}, prompt="a photo of", options=_options(max_new_tokens=30),
+        style="mmpretrain",
     ),
     Preset(
         name="mmpretrain-vqav2-opt-2.7b",
         task=VQA, data_set="vqav2", split="val", config="blip2-opt-2.7b", vision_layers=38,
-        checkpoint="blip2-opt2.7b_3rdparty-zeroshot_vqa.pth", source=MMPRETRAIN, published={"accuracy": 53.50},
+        checkpoint=MMPRETRAIN_OPT, source=MMPRETRAIN, published={"accuracy": 53.50},
         prompt=OPT_QUESTION, options=_options(max_new_tokens=10, length_penalty=-1.0), rule="mmpretrain",
         style="mmpretrain",
     ),
     Preset(
         name="mmpretrain-coco-retrieval",
         task=RETRIEVE, data_set="coco", split="val", config="blip2-364", image_size=364,
-        checkpoint="blip2_3rdparty_retrieval.pth", source=MMPRETRAIN, published={"txt_r1": 85.40, "img_r1": 68.30},
-        style="mmpretrain",
+        checkpoint="blip2_3rdparty_pretrain_20230505-f7ef4390.pth", source=MMPRETRAIN,
+        published={"txt_r1": 85.40, "img_r1": 68.30}, style="mmpretrain",
     ),
 ]  # fmt: skip
 PAPER_ROWS = (*_paper_vqa(), *_paper_finetuned_vqa(), *_paper_captions(), *_paper_retrieval())

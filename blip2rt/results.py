@@ -25,6 +25,8 @@ class Generation:
 class Caption(Generation):
     """The caption of a picture."""
 
+    itm: float | None = None  # the "matched" logit, where captions were re-ranked by it
+
 
 @dataclass(frozen=True)
 class Answer(Generation):

@@ -124,19 +124,29 @@ class RetrievalEngine:
         return MatchScores(itc, logits[..., 1], match_probability(logits))
 
     def rerank(self, features: Sequence[ImageFeatures], captions: Sequence[Caption]) -> list[Caption]:
-        """Each caption and its alternatives in the order of their ITM logits; an empty text comes last."""
+        """Each caption and its alternatives in the order of their ITM logits, which they then carry.
+
+        A text that the model cannot read, without tokens or longer than its positions, has none and comes last.
+        """
         reordered = []
         for seen, caption in zip(features, captions, strict=True):
             sequences = [caption, *caption.alternatives]
-            places = [place for place, sequence in enumerate(sequences) if sequence.text]
-            ids = self.token_ids([sequences[place].text for place in places]) if places else []
-            logits = np.full(len(sequences), -np.inf)
-            logits[places] = self.itm_logits([seen.image_embeds], ids, [(0, text) for text in range(len(ids))])[:, 1]
-            best, *others = np.argsort(-logits, kind="stable")
-            alternatives = [replace(sequences[place], alternatives=[]) for place in others]
-            fields = vars(sequences[best]) | {"alternatives": alternatives}
-            reordered.append(Caption(**fields))
+            readable = {place: ids for place, found in enumerate(sequences) if (ids := self._readable_ids(found.text))}
+            pairs = [(0, text) for text in range(len(readable))]
+            found = self.itm_logits([seen.image_embeds], list(readable.values()), pairs)[:, 1].tolist()
+            logits = dict(zip(readable, found, strict=True))
+            order = sorted(range(len(sequences)), key=lambda place: -logits.get(place, -np.inf))
+            ranked = [
+                Caption(**vars(sequences[place]) | {"alternatives": [], "itm": logits.get(place)}) for place in order
+            ]
+            reordered.append(replace(ranked[0], alternatives=list(ranked[1:])))
         return reordered
+
+    def _readable_ids(self, text: str) -> list[int] | None:
+        try:
+            return self._tokenizer.encode(text, "caption")
+        except InputError:
+            return None
 
     def _batches(self, rows: Sequence[list[int]], batch_size: int) -> Iterator[tuple[list[int], Array, Array]]:
         return padded_texts(rows, batch_size, self.manifest.tokens.pad or 0, self._tokenizer.num_positions)

@@ -67,7 +67,7 @@ class TextGallery(GalleryBase):
         pool = RERANKED if rerank is None else checked_count("rerank", rerank, 0)
         features = self.pipeline.retrieval_features(as_list(images), 0 if is_list(images) else None)
         queries = np.stack([f.itc_embeds for f in features if f.itc_embeds is not None])  # [I, Q, E]
-        rows, scores = nearest(self._store, queries, max(checked_count("k", k, 1), pool))
+        rows, scores = nearest(self._store, queries, max(checked_count("k", k, 1), pool), self.threads)
         if pool:
             wanted = {row: place for place, row in enumerate(np.unique(rows).tolist())}
             token_ids = self.engine.token_ids([str(self._store.ids[row]) for row in wanted])

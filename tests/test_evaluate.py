@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blip2rt import InputError, Pipeline, evaluate, evaluate_scores, inference_model
+from blip2rt import InputError, Pipeline, cli, evaluate, evaluate_scores, inference_model
 from blip2rt.cli import main
 from blip2rt.data import read_captions, read_questions
 from blip2rt.data.cleaning import clean_caption, clean_question
-from blip2rt.evaluate_scores import score
+from blip2rt.evaluate_scores import score, submission
 from blip2rt.evaluation import CaptionScores, retrieval_table
 from blip2rt.manifest import Manifest
 from blip2rt.model import named_configs
@@ -255,10 +256,24 @@ def test_presets_fit_the_published_models(name: str, tiny_engine: Path) -> None:
         assert preset.problems(fitting) == ["its Q-Former reads no questions"]
         fitting = replace(fitting, question_tokens=tiny.tokens)
     else:
-        assert f"--config {preset.config}" in preset.export_command()
+        check_command(preset, config)
     assert preset.problems(fitting) == []
     assert preset.problems(replace(fitting, image=replace(image, size=100)))
     assert preset.published
+
+
+def check_command(preset: Preset, config: Any) -> None:
+    """The command is one, and asks for the sizes that the preset wants."""
+    program, *arguments = shlex.split(preset.export_command())
+    assert program == "blip2rt"
+    given = cli._parser().parse_args(arguments)
+    named = named_configs.read_config(given.config)
+    assert (given.image_size or named["vision_config"].get("image_size", 224)) == preset.image_size
+    assert given.text_tokenizer if preset.task == "retrieval" else given.llm
+    assert given.model == (preset.checkpoint or "CHECKPOINT")
+    from_lavis = preset.style == "lavis" and not preset.checkpoint.startswith("blip2_caption")
+    assert bool(given.vision) == (from_lavis and preset.task != "retrieval")
+    assert (named["vision_config"].get("hidden_size", 1408) == 1024) == ("vitl" in preset.name)
 
 
 def test_a_q_former_is_given_the_question(
@@ -318,8 +333,127 @@ def test_all_that_is_wrong_with_a_data_set_is_listed(vqa: Path, coco: Path) -> N
     (coco / "dataset_coco.json").write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"8 problems: images\[6\] is int.*is missing.*no caption.*id 3.*id 0 comes"):
         read_captions(coco, "coco", "test")
+    for i in range(1, 40):
+        content["images"].append({**content["images"][0], "cocoid": 100 + i, "filename": f"absent-{i}.jpg"})
+    (coco / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(InputError) as caught:
+        read_captions(coco, "coco", "test")
+    assert all(f"absent-{i}.jpg is missing" in str(caught.value) for i in range(1, 40))  # however many there are
     with pytest.raises(InputError, match=r"holds no captions of NoCaps: put nocaps_val_4500_captions\.json"):
         read_captions(coco, "nocaps", "val")
+
+
+def test_what_comes_twice(vqa: Path, tmp_path: Path) -> None:
+    """Answers of one question, and keys of one object, of which JSON's reader would keep the last in silence."""
+    truth = vqa / "v2_mscoco_val2014_annotations.json"
+    content = json.loads(truth.read_text())
+    content["annotations"].append(content["annotations"][0])
+    content["annotations"][1]["question_type"] = 7
+    truth.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"question 0 is answered twice; question 10 has types \(7, 'other'\)"):
+        read_questions(vqa, "vqav2")
+    row = '{"imageId": "1", "question": "why?", "answer": "so", "types": {"structural": "query"}}'
+    (tmp_path / "testdev_balanced_questions.json").write_text(f'{{"5": {row}, "5": {row}}}')
+    with pytest.raises(InputError, match="keys come twice: '5'"):
+        read_questions(tmp_path, "gqa", "testdev")
+
+
+def write_data_set(folder: Path, data_set: str) -> None:
+    """Every other data set as it is published: 5 pictures, some of them with two questions."""
+    if data_set == "gqa":
+        write_pictures(folder, [f"images/{i}.jpg" for i in range(5)])
+        content: Any = {
+            f"2{i:03}": {
+                "imageId": str(i % 5),
+                "question": f"w{i} w{i + 1}?",
+                "answer": f"w{i}",
+                "types": {"structural": "verify" if i % 2 else "query"},
+            }
+            for i in range(8)
+        }
+        (folder / "testdev_balanced_questions.json").write_text(json.dumps(content))
+    elif data_set == "okvqa":
+        write_vqa(folder, 8)
+        (folder / "v2_OpenEnded_mscoco_val2014_questions.json").rename(
+            folder / "OpenEnded_mscoco_val2014_questions.json"
+        )
+        (folder / "v2_mscoco_val2014_annotations.json").rename(folder / "mscoco_val2014_annotations.json")
+    elif data_set == "nocaps":
+        write_pictures(folder, [f"images/n{i}.jpg" for i in range(5)])
+        domains = ["in-domain", "near-domain", "out-domain", "near-domain", "out-domain"]
+        content = {
+            "images": [{"id": i, "file_name": f"n{i}.jpg", "domain": domain} for i, domain in enumerate(domains)],
+            "annotations": [
+                {"id": 9 * i + n, "image_id": i, "caption": f"w{i} w{n}"} for i in range(5) for n in (1, 2)
+            ],
+        }
+        (folder / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    else:
+        write_pictures(folder, [f"flickr30k-images/{i}.jpg" for i in range(5)])
+        images = [
+            {
+                "split": "test" if i < 4 else "train",
+                "filename": f"{i}.jpg",
+                "imgid": i,
+                "sentences": [{"raw": f"w{i} w{n + 7}"} for n in range(5)],
+            }
+            for i in range(5)
+        ]
+        (folder / "dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+
+
+@pytest.mark.parametrize(
+    ("name", "items"),
+    [
+        ("lavis-gqa-flan-t5-xl", 8),
+        ("paper-okvqa-opt-2.7b", 8),
+        ("paper-nocaps-caption-opt-2.7b", 5),
+        ("paper-flickr30k-retrieval", 4),
+    ],
+)
+def test_every_data_set_end_to_end(
+    name: str,
+    items: int,
+    tmp_path: Path,
+    tiny_pipeline: Pipeline,
+    tiny_retrieval_engine: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Straight, and in two sittings: the same table and submission; the report says what the engine is."""
+    preset = find_preset(name)
+    preset = replace(preset, options=SHORT) if preset.task != "retrieval" else replace(preset, candidates=3)
+    pipe = tiny_pipeline if preset.task != "retrieval" else Pipeline(tiny_retrieval_engine)
+    write_data_set(tmp_path / "data", preset.data_set)
+    table, sent = run(preset, pipe, tmp_path / "data", tmp_path / "straight")
+    assert table["items"] == items
+    assert table["found"]
+    assert table["engine"].startswith("fp32, ")
+    work = "itm.jsonl" if preset.task == "retrieval" else "predictions.jsonl"
+    shutil.copytree(tmp_path / "straight", tmp_path / "again")
+    for file in ("table.json", "submission.json"):
+        (tmp_path / "again" / file).unlink(missing_ok=True)
+    lines = (tmp_path / "again" / work).read_bytes().splitlines(keepends=True)
+    (tmp_path / "again" / work).write_bytes(b"".join(lines[:2]) + lines[2][:5])  # killed while it wrote the third
+    assert run(preset, pipe, tmp_path / "data", tmp_path / "again") == (table, sent)
+    (tmp_path / "again" / work).write_bytes(b"[]\n" + b"".join(lines[1:]))
+    with pytest.raises(InputError, match=rf"{work}, line 1 is damaged"):
+        run(preset, pipe, tmp_path / "data", tmp_path / "again")
+    (tmp_path / "again" / "run.json").write_text('{"preset')
+    with pytest.raises(InputError, match=r"run\.json is damaged"):
+        run(preset, pipe, tmp_path / "data", tmp_path / "again")
+    if preset.task == "caption":
+        assert "will not be scored: SPICE (its jars are not there" in capsys.readouterr().err
+
+
+def test_a_caption_without_words_is_found_before_the_work(
+    coco: Path, tmp_path: Path, tiny_retrieval_engine: Path
+) -> None:
+    content = json.loads((coco / "dataset_coco.json").read_text())
+    content["images"][2]["sentences"][0]["raw"] = " ... "
+    (coco / "dataset_coco.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"captions without a word: ' \.\.\. ' of COCO_val2014_000000000002\.jpg"):
+        run(find_preset("paper-coco-retrieval"), Pipeline(tiny_retrieval_engine), coco, tmp_path / "run")
+    assert not (tmp_path / "run" / "gallery").exists()
 
 
 def test_other_layouts(tmp_path: Path) -> None:
@@ -353,8 +487,10 @@ def test_other_layouts(tmp_path: Path) -> None:
     (tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json").write_text(json.dumps(testdev))
     (question,) = questions = read_questions(tmp_path, "vqav2", "testdev")
     assert (question.path.name, question.answers) == ("COCO_test2015_000000000001.jpg", ())
-    scores = score(find_preset("paper-vqav2-testdev-opt-2.7b"), questions, {5: "because"})
-    assert (scores.found, scores.submission) == ({}, [{"question_id": 5, "answer": "because"}])
+    preset = find_preset("paper-vqav2-testdev-opt-2.7b")
+    scores = score(preset, questions, {5: "because"})
+    assert scores.found == {}
+    assert submission(preset, questions, {5: "because"}) == [{"question_id": 5, "answer": "because"}]
     assert "not public: send submission.json" in scores.not_scored["accuracy"]
 
 
@@ -389,9 +525,10 @@ def test_gqa_is_scored_as_in_lavis(tmp_path: Path) -> None:
     }
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps(content))
     questions = read_questions(tmp_path, "gqa", "testdev")
-    scores = score(find_preset("lavis-gqa-flan-t5-xl"), questions, {key: said for key, (said, _) in answers.items()})
+    preset, texts = find_preset("lavis-gqa-flan-t5-xl"), {key: said for key, (said, _) in answers.items()}
+    scores = score(preset, questions, texts)
     assert scores.found == {"accuracy": 75.0, "accuracy, query": 100.0, "accuracy, verify": 50.0}
-    assert scores.submission[0] == {"questionId": "1", "prediction": "The dog."}
+    assert submission(preset, questions, texts)[0] == {"questionId": "1", "prediction": "The dog."}
 
 
 def test_okvqa_answers_are_lemmatised_or_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,8 +561,8 @@ def test_okvqa_answers_are_lemmatised_or_not_scored(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "spacy", spacy)
     scores = score(preset, questions, texts)
     assert (scores.found["accuracy"], scores.not_scored) == (100, {})
-    assert scores.submission[0]["answer"] == "dog run"
-    assert score(preset, questions, texts | {10: "better dogs"}).submission[1]["answer"] == "better dog"
+    assert submission(preset, questions, texts)[0]["answer"] == "dog run"
+    assert submission(preset, questions, texts | {10: "better dogs"})[1]["answer"] == "better dog"
 
 
 def test_nocaps_has_a_table_of_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,7 +583,8 @@ def test_nocaps_has_a_table_of_domains(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(evaluate_scores, "score_captions", share_of_right_ones)
     texts = {i: f"cat {i}" if domains[i] == "near-domain" or i == 0 else "dog" for i in range(6)}
-    scores = evaluate_scores.score(find_preset("paper-nocaps-caption-opt-2.7b"), items, texts)
+    preset = find_preset("paper-nocaps-caption-opt-2.7b")
+    scores = evaluate_scores.score(preset, items, texts)
     assert scores.found == {
         "CIDEr": 50.0,
         "CIDEr, in-domain": 50.0,
@@ -454,7 +592,7 @@ def test_nocaps_has_a_table_of_domains(tmp_path: Path, monkeypatch: pytest.Monke
         "CIDEr, out-domain": 0.0,
     }
     assert scores.not_scored == {"SPICE": "no jars"}
-    assert scores.submission[3] == {"image_id": 3, "caption": "dog"}
+    assert submission(preset, items, texts)[3] == {"image_id": 3, "caption": "dog"}
 
 
 def test_inference_model(tiny_pipeline: Pipeline, coco: Path) -> None:

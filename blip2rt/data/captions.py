@@ -16,6 +16,7 @@ from typing import Any
 
 from .files import duplicates, find_file, objects, read_json, refuse
 
+PICTURES = ("images", "flickr30k-images")  # folders; the second is Flickr30k's
 COCO_ID = re.compile(r"(\d+)\.\w+$")
 
 
@@ -33,7 +34,7 @@ def read_captions(folder: Path, data_set: str, split: str) -> list[CaptionItem]:
     """The pictures of a split, in the order of the file.
 
     Args:
-        folder: where the annotations and, under `images` or beside them, the pictures lie.
+        folder: where the annotations and, beside them or in `PICTURES`, the pictures lie.
         data_set: "coco", "flickr30k" or "nocaps".
         split: "val" or "test".
 
@@ -78,8 +79,8 @@ def caption_rows(folder: Path, data_set: str, split: str, problems: list[str]) -
 
 
 def find_picture(folder: Path, name: str) -> Path | None:
-    """A picture in the folder, or in its subfolder `images`, with or without the folders of its own name."""
-    for base in (folder, folder / "images"):
+    """A picture in the folder or one of its `PICTURES`, with or without the folders of its own name."""
+    for base in (folder, *(folder / name for name in PICTURES)):
         for path in (base / name, base / Path(name).name):
             if path.is_file():
                 return path

@@ -8,8 +8,6 @@ from typing import Any
 
 from ..errors import InputError
 
-LISTED = 10  # problems that an error names; it counts all
-
 
 def find_file(folder: Path, names: Sequence[str], what: str) -> Path:
     """The first of these files that is there, in the folder or in its subfolder `annotations`.
@@ -33,7 +31,7 @@ def read_json(*files: tuple[Path, type]) -> list[Any]:
     contents, problems = [], []
     for path, kind in files:
         try:
-            content = json.loads(path.read_text("utf-8"))
+            content = json.loads(path.read_text("utf-8"), object_pairs_hook=_object_with_unique_keys)
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{path} cannot be read as JSON ({error})")
             continue
@@ -43,6 +41,14 @@ def read_json(*files: tuple[Path, type]) -> list[Any]:
     if problems:
         raise InputError(f"{'; '.join(problems)}: fetch {'them' if len(problems) > 1 else 'it'} anew")
     return contents
+
+
+def _object_with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = ", ".join(repr(key) for key in duplicates(key for key, _ in pairs))
+        raise ValueError(f"of an object, keys come twice: {twice}")
+    return found
 
 
 def objects(rows: Any, name: str, problems: list[str]) -> list[dict[str, Any]]:
@@ -64,8 +70,7 @@ def refuse(path: Path, problems: Iterable[str]) -> None:
     """
     found = list(problems)
     if found:
-        more = f"; and {len(found) - LISTED} more" if len(found) > LISTED else ""
-        raise InputError(f"{path}: {len(found)} problems: {'; '.join(found[:LISTED])}{more}")
+        raise InputError(f"{path}: {len(found)} problems: {'; '.join(found)}")
 
 
 def duplicates(ids: Iterable[Any]) -> list[Any]:

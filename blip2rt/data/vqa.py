@@ -97,6 +97,8 @@ def _vqa(contents: list[dict[str, Any]], pictures: str, problems: list[str]) -> 
     if len(contents) == 2:
         found = objects(contents[1].get("annotations"), "annotations", problems)
         annotations = {str(row.get("question_id")): row for row in found}
+        twice = duplicates(str(row.get("question_id")) for row in found)
+        problems += [f"question {identifier} is answered twice" for identifier in twice]
     rows = []
     for row in objects(contents[0].get("questions"), "questions", problems):
         image = row.get("image_id")
@@ -121,4 +123,6 @@ def _question(folder: Path, row: dict[str, Any], problems: list[str]) -> Questio
     if path is None:
         problems.append(f"{row['file']} is missing")
     kinds = (row.get("question_type"), row.get("answer_type"))
+    if not all(isinstance(kind, str | None) for kind in kinds):
+        problems.append(f"question {identifier!r} has types {kinds}, which are no strings")
     return Question(identifier, path or folder, str(text), tuple(answers), *kinds)

@@ -25,6 +25,22 @@ class CaptionScores:
     not_scored: dict[str, str]
 
 
+def not_scorable() -> dict[str, str]:
+    """Metrics that cannot be scored here, with the reason.
+
+    Raises:
+        Blip2rtError: pycocoevalcap is not installed.
+    """
+    try:
+        import pycocoevalcap  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[eval]'") from error
+    if shutil.which("java") is None:
+        return dict.fromkeys(ALL, "Java is not there, and COCO's tokenizer runs on it")
+    absent = _absent_spice_models()
+    return {"SPICE": f"its jars are not there: {', '.join(absent)}"} if absent else {}
+
+
 def score_captions(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> CaptionScores:
     """Score one caption for each picture against what people wrote.
 
@@ -46,21 +62,19 @@ def score_captions(captions: Mapping[Any, str], references: Mapping[Any, Sequenc
     bare = [str(key) for key, texts in references.items() if isinstance(texts, str) or not texts]
     if bare:
         raise InputError(f"pictures without a list of references: {', '.join(bare[:5])} ({len(bare)} pictures)")
-    if shutil.which("java") is None:
-        return CaptionScores({}, dict.fromkeys(ALL, "Java is not there, and COCO's tokenizer runs on it"))
+    not_scored = not_scorable()
+    if len(not_scored) == len(ALL):
+        return CaptionScores({}, not_scored)
     with redirect_stdout(StringIO()):  # they report by print
-        return _score(captions, references)
+        return CaptionScores(_score(captions, references, "SPICE" not in not_scored), not_scored)
 
 
-def _score(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]]) -> CaptionScores:
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.meteor.meteor import Meteor
-        from pycocoevalcap.rouge.rouge import Rouge
-        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
-    except ModuleNotFoundError as error:
-        raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[eval]'") from error
+def _score(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]], with_spice: bool) -> dict[str, float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.meteor.meteor import Meteor
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     # pictures by their number: METEOR and SPICE want the same order in both
     found = {i: [{"caption": _on_one_line(captions[key])}] for i, key in enumerate(references)}
@@ -74,15 +88,14 @@ def _score(captions: Mapping[Any, str], references: Mapping[Any, Sequence[str]])
         (Rouge(), ("ROUGE_L",)),
         (Cider(), ("CIDEr",)),
     ]
-    absent = _absent_spice_models()
-    if not absent:
+    if with_spice:
         from pycocoevalcap.spice.spice import Spice
 
         scorers.append((Spice(), ("SPICE",)))
     for scorer, names in scorers:
         score, _ = scorer.compute_score(wanted, found)
         scores |= dict(zip(names, map(float, score if isinstance(score, list) else [score]), strict=True))
-    return CaptionScores(scores, {"SPICE": f"its jars are not there: {', '.join(absent)}"} if absent else {})
+    return scores
 
 
 def _on_one_line(text: str) -> str:

@@ -16,6 +16,7 @@ from ..manifest import GENERATIVE, RETRIEVAL, ImageSpec, Manifest, Stage, TokenS
 from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
 from ..model.retrieval import stored_name
+from ..model.sources import find_directory
 from ..model.weight_files import read_json
 from ..native import library_path
 from ..progress import Progress
@@ -151,11 +152,10 @@ def _tokenizer_directories(
     """Of the language model's and of the Q-Former's; what a model does not have is not looked for."""
     own, model = checkpoint.directory, checkpoint.source.model
     is_retrieval = isinstance(checkpoint.config, RetrievalConfig)
-    language = Path(tokenizer) if tokenizer else own
-    if is_retrieval:
-        text = Path(text_tokenizer) if text_tokenizer else own
-    else:
-        text = Path(text_tokenizer) if text_tokenizer else (own / QUESTION_FOLDER if own else None)
+    language = find_directory(tokenizer, "--tokenizer", with_weights=False) if tokenizer else own
+    text = own if is_retrieval or own is None else own / QUESTION_FOLDER
+    if text_tokenizer:
+        text = find_directory(text_tokenizer, "--text-tokenizer", with_weights=False)
     if language is None and not is_retrieval:
         raise CheckpointError(f"{model} holds no tokenizer: pass its directory with --tokenizer")
     if checkpoint.config.qformer.use_qformer_text_input and not text_tokenizer and (text is None or not text.is_dir()):

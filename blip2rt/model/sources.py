@@ -173,8 +173,8 @@ def _add_language_model(tensors: Tensors, source: str | Path) -> tuple[Path, dic
     return directory, config
 
 
-def find_directory(source: str | Path, option: str = "--model") -> Path:
-    """The directory of a checkpoint; a hub id is fetched into the hub's own cache.
+def find_directory(source: str | Path, option: str = "--model", *, with_weights: bool = True) -> Path:
+    """The directory of a checkpoint or, without weights, of a tokenizer; a hub id is fetched into the hub's own cache.
 
     Raises:
         CheckpointError: neither a directory nor an id that the hub can serve from here.
@@ -191,7 +191,7 @@ def find_directory(source: str | Path, option: str = "--model") -> Path:
             f"no such directory or file: {source}, for {option} (a hub id looks like 'Salesforce/blip2-opt-2.7b')"
         )
     try:
-        return _fetch(str(source))
+        return _fetch(str(source), with_weights)
     except Exception as error:  # the hub's client raises a dozen unrelated types: no network, no such id, no rights
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -200,7 +200,7 @@ def find_directory(source: str | Path, option: str = "--model") -> Path:
         ) from error
 
 
-def _fetch(hub_id: str) -> Path:
+def _fetch(hub_id: str, with_weights: bool) -> Path:
     """The snapshot of a hub id in the hub's cache: fetched, or, where the hub does not answer, what is there."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -211,5 +211,6 @@ def _fetch(hub_id: str) -> Path:
             return Path(snapshot_download(hub_id, local_files_only=True))
         raise
     is_safe = any(file.rfilename.endswith(".safetensors") for file in siblings)
-    weights = "*.safetensors" if is_safe else "*.bin"  # many repositories hold the same weights twice
-    return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.txt", weights]))
+    weights = ["*.safetensors" if is_safe else "*.bin"]  # many repositories hold the same weights twice
+    files = ["*.json", "*.txt", *(weights if with_weights else [])]
+    return Path(snapshot_download(hub_id, allow_patterns=files))
