@@ -125,6 +125,26 @@ class Pipeline:
         engine = self.retrieval_engine
         return engine.embed(engine.token_ids(texts))
 
+    def embed_multimodal(self, images: Any, texts: str | Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """What the queries hold [P, Q, Dq] once they have seen each image together with its text; not normalised.
+
+        LAVIS's `extract_features(mode="multimodal")`, whose first query alone is the usual feature of a pair.
+
+        Args:
+            images: one image or a list of them.
+            texts: as many; one text is taken for every image.
+
+        Raises:
+            InputError: wrong images (`ImageError`), texts that are empty, too long, or of another number.
+            EngineError: no retrieval engine is open.
+        """
+        engine, given = self.retrieval_engine, as_list(images)
+        ids = engine.token_ids([texts] * len(given) if isinstance(texts, str) else texts)
+        if len(ids) != len(given):
+            raise InputError(f"{len(given)} images and {len(ids)} texts: give one text, or one for each image")
+        features = self.retrieval_features(given, 0 if is_list(images) else None)
+        return engine.multimodal_embeds([f.image_embeds for f in features], ids)
+
     def match(self, images: Any, texts: str | Sequence[str]) -> MatchScores:
         """Scores of every image with every text, each [I, T].
 

@@ -107,11 +107,25 @@ class RetrievalEngine:
     ) -> Array:
         """Logits [P, 2] (no match, match) of pairs of places: one in `image_embeds`, one in `ids`."""
         logits = np.empty((len(pairs), 2), np.float32)
-        for places, text_ids, text_mask in self._batches([ids[text] for _, text in pairs], PAIR_BATCH):
-            images = np.stack([image_embeds[pairs[place][0]] for place in places])  # [B, N+1, Dv]
-            outputs = self._itm(image_embeds=images, text_ids=text_ids, text_mask=text_mask)
+        for places, outputs in self._pairs(image_embeds, ids, pairs):
             logits[places] = outputs["itm_logits"].mean(axis=1, dtype=np.float64)  # [B, Q, 2] -> [B, 2]
         return logits
+
+    def multimodal_embeds(self, image_embeds: Sequence[Array], ids: Sequence[list[int]]) -> Array:
+        """What the queries hold [P, Q, Dq] once they have seen an image and its text; as many texts as images."""
+        queries, width = self._shape[0], self.manifest.model["qformer"]["hidden_size"]
+        embeds = np.empty((len(ids), int(queries), width), np.float32)
+        for places, outputs in self._pairs(image_embeds, ids, [(place, place) for place in range(len(ids))]):
+            embeds[places] = outputs["multimodal_embeds"]
+        return embeds
+
+    def _pairs(
+        self, image_embeds: Sequence[Array], ids: Sequence[list[int]], pairs: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[list[int], dict[str, Array]]]:
+        """The itm stage over pairs, in batches of texts of like length: places in `pairs`, and its outputs."""
+        for places, text_ids, text_mask in self._batches([ids[text] for _, text in pairs], PAIR_BATCH):
+            images = np.stack([image_embeds[pairs[place][0]] for place in places])  # [B, N+1, Dv]
+            yield places, self._itm(image_embeds=images, text_ids=text_ids, text_mask=text_mask)
 
     def match(self, features: Sequence[ImageFeatures], ids: Sequence[list[int]]) -> MatchScores:
         """Every image with every text."""

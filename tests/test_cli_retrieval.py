@@ -91,6 +91,33 @@ def test_texts_are_added_and_found(
     assert np.abs(found - np.sort(both, axis=1)[:, ::-1][:, :4]).max() < 2e-3 * max(1, np.abs(both).max())
 
 
+def test_captions_are_reranked_and_answers_ranked(
+    call: Call, pictures: list[Path], tmp_path: Path, tiny_engine: Path, tiny_retrieval_engine: Path
+) -> None:
+    """`caption --rerank` and `answer --candidates` are what the pipeline gives."""
+    (tmp_path / "captioner").symlink_to(tiny_engine)
+    (tmp_path / "itm").symlink_to(tiny_retrieval_engine)
+    both = Pipeline(tmp_path, threads=1)
+    options: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 4}
+    flags = ("--num-beams", 3, "--max-new-tokens", 4, "--prompt", "w1")
+    _, rows, _ = call("caption", *pictures[:2], "--rerank", "itm", *flags, engine=tmp_path)
+    expected = both.caption([str(path) for path in pictures[:2]], "w1", rerank="itm", **options)
+    for row, caption in zip(rows, expected, strict=True):
+        assert (row["text"], row["itm"]) == (caption.text, caption.itm)
+        assert [other["itm"] for other in row["alternatives"]] == [other.itm for other in caption.alternatives]
+    (tmp_path / "answers.txt").write_text("w1\n\n w2 w3 \nw4\n")
+    closed = ("answer", pictures[0], "--question", "w5", "--candidates", tmp_path / "answers.txt")
+    _, (row,), _ = call(*closed, engine=tmp_path)
+    answer = both.answer(str(pictures[0]), "w5", candidates=["w1", "w2 w3", "w4"])
+    assert (row["text"], row["score"]) == (answer.text, answer.score)
+    assert [other["text"] for other in row["alternatives"]] == [other.text for other in answer.alternatives]
+    assert call(*closed, "--num-beams", 2, engine=tmp_path)[::2] == (
+        2,
+        "blip2rt: options= has no effect with candidates=, which are ranked and not generated\n",
+    )
+    assert call(*closed[:-1], tmp_path / "none", engine=tmp_path)[0] == 2
+
+
 def test_wrong_calls(
     call: Call,
     pictures: list[Path],

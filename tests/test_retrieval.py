@@ -187,6 +187,9 @@ def test_both_engines_of_a_folder(engine: Path, tiny_engine: Path, tmp_path: Pat
     for caption in ranked:
         found = [caption, *caption.alternatives]
         assert sorted(c.token_ids for c in found) == sorted(c.token_ids for c in [plain, *plain.alternatives])
+        assert [c.itm for c in found if c.text] == both.match(picture, [c.text for c in found if c.text]).itm[
+            0
+        ].tolist()
         texts_in_order = [c.text for c in found if c.text]
         assert texts_in_order == [c.text for c in found][: len(texts_in_order)]
         assert (np.diff(both.match(picture, texts_in_order).itm[0]) <= 0).all()

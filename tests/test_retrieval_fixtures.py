@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import blip2rt.export
-from blip2rt import Pipeline
+from blip2rt import InputError, Pipeline
 from blip2rt.export import export_engine, graphs
 from blip2rt.model import CheckpointSource
 
@@ -94,6 +94,18 @@ def test_lavis(engines: dict[str, Path]) -> None:
     both = scores.itm + scores.itc
     same_ranks("image to text", scores.itc, both, expected["score_i2t"])
     same_ranks("text to image", scores.itc.T, both.T, expected["score_t2i"])
+
+    ids = pipe.retrieval_engine.token_ids(texts["stage1_texts"])
+    assert ids == [
+        row[mask == 1].tolist()
+        for row, mask in zip(expected["ext_input_ids"], expected["ext_attention_mask"], strict=True)
+    ]
+    multimodal = pipe.embed_multimodal(features, texts["stage1_texts"])
+    same("multimodal", multimodal, expected["ext_multimodal_multimodal_embeds"])
+    one = pipe.embed_multimodal(features[:2], texts["stage1_texts"][0])
+    same("multimodal, one text", one[:1], multimodal[:1])
+    with pytest.raises(InputError, match="4 images and 2 texts: give one text, or one for each"):
+        pipe.embed_multimodal(features, texts["stage1_texts"][:2])
 
 
 def test_mmpretrain(engines: dict[str, Path]) -> None:
