@@ -29,6 +29,27 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
 
 
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Those of `blip2rt export`."""
+    parser.add_argument(
+        "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
+    )
+    add_parts(parser)
+    add_sizes(parser)
+    parser.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
+    parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
+    parser.add_argument("--device", default="cpu", help="cpu")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR|ID", help="its tokenizer, where it is apart (default: the model's or the LLM's)"
+    )
+    parser.add_argument(
+        "--text-tokenizer",
+        metavar="DIR|ID",
+        help="BERT's tokenizer, for retrieval and questions (default: the model's)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an engine that is there")
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Which engine, and in which form its results come."""
     parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import add_bulk, add_engine, add_options, add_parts, add_serve, add_sizes, add_strip_prefix
+from .arguments import add_bulk, add_engine, add_export, add_options, add_parts, add_serve, add_sizes, add_strip_prefix
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError
@@ -36,8 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # file names are bytes that need not be UTF-8
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     arguments = _parser().parse_args(argv)
+    return run_command(arguments.run, arguments)
+
+
+def run_command(command: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """What a command comes to: its exit status, and a sentence on stderr where it failed."""
     try:
-        status: int = arguments.run(arguments)
+        status = command(arguments)
         if sys.stdout:
             sys.stdout.flush()
         return status
@@ -77,10 +82,11 @@ def export(arguments: argparse.Namespace) -> int:
 
 def caption(arguments: argparse.Namespace) -> int:
     """Caption pictures."""
+    ranking = {"rerank": arguments.rerank} if arguments.rerank else {}
     return _write_results(
         arguments,
         CAPTION_DEFAULTS,
-        lambda pipe, images, **keywords: pipe.caption(images, arguments.prompt, rerank=arguments.rerank, **keywords),
+        lambda pipe, images, **keywords: pipe.caption(images, arguments.prompt, **ranking, **keywords),
     )
 
 
@@ -306,20 +312,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    exporter = command(export)
-    exporter.add_argument(
-        "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
-    )
-    add_parts(exporter)
-    add_sizes(exporter)
-    exporter.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
-    exporter.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
-    exporter.add_argument("--device", default="cpu", help="cpu")
-    exporter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
-    exporter.add_argument(
-        "--text-tokenizer", help="directory of BERT's tokenizer, for retrieval and questions (default: the model's)"
-    )
-    exporter.add_argument("--force", action="store_true", help="replace an engine that is there")
+    add_export(command(export))
 
     converter = command(convert)
     converter.add_argument("model", metavar="IN", help="a checkpoint, as `blip2rt export --model` takes it")

@@ -204,8 +204,8 @@ class Pipeline:
         """Caption: by default 5 beams and at most 30 tokens after "a photo of". Returns `Caption` or a list of them.
 
         With rerank="itm" and a retrieval engine beside, all sequences that are found (by default as many as beams) are
-        ordered by how well ITM finds that they match the image (`Caption.itm`). `strip_prefix`, one text or several, is
-        taken off the beginning of the texts, whatever its case.
+        ordered by how well ITM finds that they match the image (`RankedCaption.itm`). `strip_prefix`, one text or
+        several, is taken off the beginning of the texts, whatever its case.
 
         Raises:
             InputError: wrong images (`ImageError`), prompts or options.

@@ -25,7 +25,12 @@ class Generation:
 class Caption(Generation):
     """The caption of a picture."""
 
-    itm: float | None = None  # the "matched" logit, where captions were re-ranked by it
+
+@dataclass(frozen=True)
+class RankedCaption(Caption):
+    """A caption that stands where ITM puts it, among its alternatives."""
+
+    itm: float | None = None  # the "matched" logit; None: the text has no tokens, or too many
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .errors import InputError
 from .manifest import Manifest
 from .preprocess import ImageSource, preprocess
 from .qformer_texts import padded_texts
-from .results import Caption, ImageFeatures, MatchScores
+from .results import Caption, ImageFeatures, MatchScores, RankedCaption
 from .stages import ITM, QFORMER, TEXT, VISION
 from .tokenizer import TextTokenizer
 
@@ -137,7 +137,7 @@ class RetrievalEngine:
         logits = logits.reshape(*itc.shape, 2)  # [I, T, 2]
         return MatchScores(itc, logits[..., 1], match_probability(logits))
 
-    def rerank(self, features: Sequence[ImageFeatures], captions: Sequence[Caption]) -> list[Caption]:
+    def rerank(self, features: Sequence[ImageFeatures], captions: Sequence[Caption]) -> list[RankedCaption]:
         """Each caption and its alternatives in the order of their ITM logits, which they then carry.
 
         A text that the model cannot read, without tokens or longer than its positions, has none and comes last.
@@ -151,7 +151,8 @@ class RetrievalEngine:
             logits = dict(zip(readable, found, strict=True))
             order = sorted(range(len(sequences)), key=lambda place: -logits.get(place, -np.inf))
             ranked = [
-                Caption(**vars(sequences[place]) | {"alternatives": [], "itm": logits.get(place)}) for place in order
+                RankedCaption(**vars(sequences[place]) | {"alternatives": [], "itm": logits.get(place)})
+                for place in order
             ]
             reordered.append(replace(ranked[0], alternatives=list(ranked[1:])))
         return reordered

@@ -1,75 +1,66 @@
-"""The bundled checkpoint and pictures: made by the committed program, and what transformers loads."""
+"""The bundled model: what transformers loads, what its card says it is, and that it sees."""
 
+import hashlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor
+from transformers import (
+    AutoTokenizer,
+    Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
+    Blip2Processor,
+)
 
-from blip2rt import bundled
+from blip2rt import Pipeline, bundled
+from blip2rt.export import export_engine
 
-PROGRAM = Path(__file__).parents[1] / "training" / "make_bundled.py"
+HOME = bundled.CHECKPOINT.parent
+WEIGHTS = {name: HOME / name / "model.safetensors" for name in ("captioner", "retriever")}
+SEEN = {"beach": "pandas", "stage": "fish", "room": "cake", "street": "butterfly", "snow": "trees"}
 
 
 @pytest.fixture(scope="module")
-def remade(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the program writes today, in a process of its own: hash seeds and thread orders are new."""
-    directory = tmp_path_factory.mktemp("bundled")
-    subprocess.run([sys.executable, PROGRAM, "--output", directory], check=True)
-    return directory
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """Both engines."""
+    folder = tmp_path_factory.mktemp("engines")
+    for checkpoint in (bundled.CHECKPOINT, bundled.RETRIEVER):
+        export_engine(checkpoint, folder / checkpoint.name)
+    return Pipeline(folder, threads=1)
 
 
-def test_same_files(remade: Path) -> None:
-    committed = bundled.CHECKPOINT.parent
-    for folder in ("captioner", "images"):
-        names = sorted(file.name for file in (committed / folder).iterdir())
-        assert sorted(file.name for file in (remade / folder).iterdir()) == names
+def upright(file: Path) -> Image.Image:
+    """As the pipeline sees it, transparency on white."""
+    image = ImageOps.exif_transpose(Image.open(file)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def test_same_weights(remade: Path) -> None:
-    committed = load_file(bundled.CHECKPOINT / "model.safetensors")
-    again = load_file(remade / "captioner" / "model.safetensors")
-    assert again.keys() == committed.keys()
-    for name, tensor in committed.items():
-        assert torch.equal(again[name], tensor), name
+def test_small() -> None:
+    assert sum(file.stat().st_size for file in WEIGHTS.values()) < 30e6
+    assert sum(file.stat().st_size for file in bundled.IMAGES) < 200e3
 
 
-def test_same_tokenizer(remade: Path) -> None:
-    again = remade / "captioner" / "tokenizer.json"
-    assert again.read_bytes() == (bundled.CHECKPOINT / "tokenizer.json").read_bytes()
-
-
-def test_same_configuration(remade: Path) -> None:
-    for file in bundled.CHECKPOINT.glob("*config.json"):
-        committed, again = json.loads(file.read_text()), json.loads((remade / "captioner" / file.name).read_text())
-        for content in (committed, again):
-            content.pop("transformers_version", None)
-        assert again == committed, file.name
-
-
-def test_same_pictures(remade: Path) -> None:
-    """Compared as pictures: compression differs between versions of Pillow."""
-    for file in bundled.IMAGES:
-        with Image.open(file) as committed, Image.open(remade / "images" / file.name) as again:
-            assert (again.mode, again.size, again.getexif()) == (committed.mode, committed.size, committed.getexif())
-            assert np.abs(np.asarray(again, np.int16) - np.asarray(committed, np.int16)).max() <= 2, file.name
+def test_weights_are_those_of_the_log() -> None:
+    """A training that nobody can name is no training."""
+    log, card = json.loads((HOME / "log.json").read_text()), (HOME / "README.md").read_text()
+    for name, file in WEIGHTS.items():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert log[name]["sha256"] == digest
+        assert digest[:16] in card
+    for stage in log.values():
+        assert {"recipe", "seed", "commit", "minutes", "log"} <= stage.keys()
+        assert stage["log"][-1]["loss"] < stage["log"][0]["loss"]
+    assert all(f"]({name})" in card and (HOME / name).is_file() for name in ("sheet.png", "curves.svg"))
 
 
 def test_pictures_cover_what_surprises_readers() -> None:
     opened = [Image.open(file) for file in bundled.IMAGES]
-    assert {image.mode for image in opened} == {"RGB", "RGBA", "L"}
-    assert any(ImageOps.exif_transpose(image).size != image.size for image in opened)
-
-
-def test_small() -> None:
-    assert (bundled.CHECKPOINT / "model.safetensors").stat().st_size < 2e6
-    assert sum(file.stat().st_size for file in bundled.IMAGES) < 200e3
+    assert {image.mode for image in opened} == {"RGB", "P"}
+    assert any("transparency" in image.info for image in opened)
+    assert any(image.getexif().get(0x0112, 1) != 1 for image in opened)
 
 
 def test_tokenizer_is_like_opt() -> None:
@@ -81,19 +72,45 @@ def test_tokenizer_is_like_opt() -> None:
         assert tokenizer.decode(tokenizer(text).input_ids[1:]) == text
 
 
-def test_transformers_generates_from_it() -> None:
-    """Another text for every picture and prompt, some of them ended: else a test that compares texts is blind."""
+def test_transformers_says_the_same(pipe: Pipeline) -> None:
+    """Every picture, three prompts: the engine's tokens are transformers' in float32."""
     processor = Blip2Processor.from_pretrained(bundled.CHECKPOINT, local_files_only=True)
-    model = Blip2ForConditionalGeneration.from_pretrained(bundled.CHECKPOINT, local_files_only=True).eval()
-    stop = model.config.text_config.eos_token_id
+    model = Blip2ForConditionalGeneration.from_pretrained(bundled.CHECKPOINT, local_files_only=True, dtype="float32")
+    stop = processor.tokenizer.convert_tokens_to_ids("\u010a")  # a newline, as byte-level BPE writes it
+    assert model.language_model.config.eos_token_id == stop
     assert processor.tokenizer.decode([stop]) == "\n"
-    assert model.config.text_config.vocab_size == len(processor.tokenizer)
-    generated = []
     for file in bundled.IMAGES:
-        image = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
-        for prompt in ("a photo of", "Question: what color is the ball? Answer:", ""):
-            inputs = processor(images=image, text=prompt, return_tensors="pt")
-            ids = model.generate(**inputs, num_beams=5, max_new_tokens=30)[0].tolist()
-            generated.append(ids[inputs.input_ids.shape[1] :])
-    assert len({tuple(ids) for ids in generated}) == len(generated)
-    assert {ids[-1] == stop for ids in generated} == {True, False}
+        features = pipe.encode(file)
+        for prompt in ("a photo of", "Question: how many things are there? Answer:", ""):
+            inputs = processor(images=upright(file), text=prompt, return_tensors="pt")
+            ids = model.eval().generate(**inputs, num_beams=5, max_new_tokens=30)[0].tolist()
+            said = ids[inputs.input_ids.shape[1] :]
+            assert said[: said.index(stop) if stop in said else None] == (
+                pipe.generate(features, prompt, num_beams=5, max_new_tokens=30).token_ids
+            )
+
+
+def test_transformers_finds_the_same(pipe: Pipeline) -> None:
+    model = Blip2ForImageTextRetrieval.from_pretrained(bundled.RETRIEVER, local_files_only=True, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(bundled.RETRIEVER, local_files_only=True)
+    texts = ["four pandas on a beach", "a banana and a cake in a room"]
+    pixels = torch.from_numpy(np.stack([pipe.retrieval_engine.preprocess(file) for file in bundled.IMAGES]))
+    scores = pipe.match(list(bundled.IMAGES), texts)
+    for place, text in enumerate(texts):
+        inputs = tokenizer([text] * len(pixels), return_tensors="pt")
+        for key, found in (("itm", scores.itm), ("itc", scores.itc)):
+            with torch.no_grad():
+                out = model(pixel_values=pixels, use_image_text_matching_head=key == "itm", **inputs)
+            wanted = out.logits_per_image.numpy()
+            wanted = wanted[:, 1] if key == "itm" else wanted.max(axis=1) if wanted.ndim > 1 else wanted
+            assert np.abs(found[:, place] - wanted).max() < 1e-4 * max(1, np.abs(wanted).max())
+
+
+def test_it_sees(pipe: Pipeline) -> None:
+    """Captions name what is there, and a search finds the picture."""
+    images = {file.stem: file for file in bundled.IMAGES}
+    captions = dict(zip(images, pipe.caption(list(images.values())), strict=True))
+    assert all(word in captions[name].text for name, word in SEEN.items()), captions
+    scores = pipe.match(list(images.values()), [f"a photo with {word}" for word in SEEN.values()])
+    for place, name in enumerate(SEEN):
+        assert list(images)[int(scores.itc[:, place].argmax())] == name

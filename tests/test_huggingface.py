@@ -1,5 +1,7 @@
 """An engine in transformers' and optimum's clothes says what the Pipeline says, in transformers' own layout."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from PIL import Image
 from blip2rt import EngineError, InputError, Pipeline
 from blip2rt.export import export_engine
 from blip2rt.huggingface import Blip2ForConditionalGeneration, Blip2Processor
+from blip2rt.manifest import Manifest
 
 PROMPTS = ["w1", "w2 w3 w4", "w5 w1"]
 OPTIONS: list[dict[str, Any]] = [
@@ -124,6 +127,20 @@ def test_wrong_calls(tiny_engine: Path, tiny_retrieval_engine: Path, tmp_path: P
     tokens = model.pipe.manifest.tokens
     empty = torch.tensor([[tokens.image] * processor.num_query_tokens + [tokens.bos]] * 2)
     assert torch.equal(model.generate(inputs["pixel_values"]), model.generate(inputs["pixel_values"], empty))
+
+
+def test_optimum_cli(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """`optimum-cli export blip2rt` builds what `blip2rt export` builds, and fails as it does."""
+    pytest.importorskip("optimum.commands.base", reason="pip install 'blip2rt[optimum]'")
+    program = [sys.executable, "-c", "from optimum.commands.optimum_cli import main; main()", "export", "blip2rt"]
+    command: list[str | Path] = [*program, "--model", tiny_checkpoint, "--output", tmp_path / "engine"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    direct = Manifest.read(export_engine(tiny_checkpoint, tmp_path / "direct"))
+    assert Manifest.read(tmp_path / "engine").digest() == direct.digest()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+    assert "Traceback" not in again.stderr
 
 
 def test_optimum(tiny_engine: Path, tmp_path: Path) -> None:

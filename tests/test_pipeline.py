@@ -108,7 +108,7 @@ def test_lists_and_order(pipe: Pipeline) -> None:
 
 def test_every_kind_of_picture(pipe: Pipeline) -> None:
     """Path, bytes, PIL image, array and pixel values of one picture say the same."""
-    path = next(path for path in IMAGES if path.suffix == ".png" and Image.open(path).mode == "RGB")
+    path = next(path for path in IMAGES if Image.open(path).mode == "RGB" and not Image.open(path).getexif())
     image = Image.open(path)
     sources = [path, str(path), path.read_bytes(), image, np.asarray(image), pipe.preprocess(path)]
     captions = pipe.caption(sources, max_new_tokens=8)
@@ -236,7 +236,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "question of another type": (lambda p, f: p.answer(f, 3), "string"),
     "question in the list of another type": (lambda p, f: p.answer([f], [None]), "string"),
     "prompt that is too long": (lambda p, f: p.generate(f, "word " * 300), "positions: shorten the prompt"),
-    "generation that is too long": (lambda p, f: p.generate(f, "a", max_new_tokens=5000), "can be 24"),
+    "generation that is too long": (lambda p, f: p.generate(f, "a", max_new_tokens=5000), "can be 2[0-9]"),
     "placeholder of the image": (lambda p, f: p.generate(f, "a <image> b"), "placeholder"),
     "half a surrogate": (lambda p, f: p.generate(f, "a \ud800"), "valid text"),
     "stream of beams": (lambda p, f: p.stream(f, num_beams=2), "cannot be streamed"),
@@ -261,7 +261,7 @@ def test_bad_picture_names_its_index(pipe: Pipeline, tmp_path: Path) -> None:
     """Also in the second batch, and not for a picture alone."""
     bad = tmp_path / "bad.png"
     bad.write_bytes(IMAGES[0].read_bytes()[:100])
-    images: list[Any] = [*IMAGES, *IMAGES, IMAGES[0], bad]
+    images: list[Any] = [*(2 * IMAGES)[:9], bad]
     for call in (pipe.caption, pipe.encode):
         with pytest.raises(ImageError, match=r"image 9: .*bad.png") as caught:
             call(images)
