@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench docs clean
 .NOTPARALLEL:
 
 demo: .venv/export.stamp
@@ -32,6 +32,9 @@ format: .venv/dev.stamp
 # The quick suite: ratios against transformers in the same run. benchmarks/README.md lists the long ones.
 bench: .venv/dev.stamp
 	$(BIN)/pytest benchmarks
+
+docs: .venv/dev.stamp
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -26,6 +26,12 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """Other sizes than the checkpoint's."""
     parser.add_argument("--image-size", type=int, metavar="N", help="interpolate the position embeddings to N pixels")
+    parser.add_argument(
+        "--via-image-size",
+        type=int,
+        metavar="N",
+        help="interpolate them to N pixels before that, as mmpretrain's VQA does",
+    )
     parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
 
 

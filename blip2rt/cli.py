@@ -27,7 +27,14 @@ from .server.settings import ServerSettings
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
-SOURCE_OPTIONS = ("config", "vision", "llm", "image_size", "vision_layers")  # fields of CheckpointSource
+SOURCE_OPTIONS = (
+    "config",
+    "vision",
+    "llm",
+    "image_size",
+    "via_image_size",
+    "vision_layers",
+)  # fields of CheckpointSource
 
 
 def main(argv: Sequence[str] | None = None) -> int:

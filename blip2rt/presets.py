@@ -62,6 +62,8 @@ class Preset:
         options = ""
         if is_mmpretrain and self.image_size != 224:  # its files were trained with 224 px
             config, options = config.removesuffix(f"-{self.image_size}"), f" --image-size {self.image_size}"
+        elif is_mmpretrain:  # its code interpolates them to the 364 px that the model is built for, and back
+            options = " --via-image-size 364"
         command = f"blip2rt export --model {self.checkpoint or 'CHECKPOINT'} --config {config}{options}"
         if self.task == RETRIEVE:
             return f"{command} --text-tokenizer {BERT}"
@@ -283,7 +285,6 @@ def _lavis() -> list[Preset]:
 
 
 MMPRETRAIN = "mmpretrain, configs/blip2 (its README and metafile)"
-# At 224 px mmpretrain resizes the position embeddings to 364 px and back; here they stay as the file has them.
 MMPRETRAIN_OPT = "blip2-opt2.7b_3rdparty_pretrain_20230505-b51db4e1.pth"  # captions and answers
 MMPRETRAIN_ROWS = [
     Preset(

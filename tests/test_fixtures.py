@@ -208,6 +208,13 @@ def test_mmpretrain_vision_block_by_block(name: str) -> None:
         x = block(x)
     for key in ("bigmodel_vision_out_big", "big_forward_vision_out"):
         same_features(f"{name} {key}, reference", x, expected[key])
+    # built for larger pictures than it is given, as its VQA is: enlarged and made small again
+    by_way = load_blip2(replace(SOURCES[name], image_size=56, via_image_size=84))
+    x = by_way.vision.embedding(pixel_values)
+    for block in by_way.vision.blocks:
+        x = block(x)
+    same_features(f"{name} bigmodel_vision_out_small, reference", x, expected["bigmodel_vision_out_small"])
+    assert np.abs(expected["bigmodel_vision_out_small"] - expected["vision_out"]).max() > 100 * FEATURES
 
 
 NAMES_OF_FEATURES = {

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from safetensors.numpy import load_file
@@ -51,6 +52,19 @@ def test_frozen_parts_pass_through(trained: Path) -> None:
     assert frozen
     for key in frozen:
         assert (language[key.removeprefix("language_model.")] == stage2[key]).all()
+
+
+def test_key_biases_stay_zero(trained: Path) -> None:
+    """Else LAVIS's format could not hold what is trained here."""
+    for stage in ("vision", "captioner", "retriever"):
+        weights = load_file(trained / stage / "checkpoint/model.safetensors")
+        biases = [tensor for name, tensor in weights.items() if "vision" in name and name.endswith("qkv.bias")]
+        assert len(biases) == 6
+        for bias in biases:
+            query, key, value = np.split(bias, 3)
+            assert not key.any()
+            assert query.any()
+            assert value.any()
 
 
 def test_tables_and_card(trained: Path) -> None:

@@ -98,7 +98,10 @@ class Checkpoint:
         parts = [zeros if key is None else stored[key] for key in keys]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
         if name == POSITION:
-            tensor = resize_position(tensor.flatten(0, -2), self.config.vision)
+            tensor = tensor.flatten(0, -2)
+            if self.source.via_image_size is not None:
+                tensor = resize_position(tensor, replace(self.config.vision, image_size=self.source.via_image_size))
+            tensor = resize_position(tensor, self.config.vision)
         return tensor.reshape(self._shapes[name])
 
     def stored(self, key: str) -> Tensor:
@@ -204,8 +207,9 @@ class Checkpoint:
         if type(layers) is not int or not 1 <= layers <= stored:
             raise InputError(f"--vision-layers {layers}: the image encoder has {stored} blocks, so 1 to {stored}")
         size = vision.image_size if source.image_size is None else source.image_size
-        if type(size) is not int or size < vision.patch_size:
-            raise InputError(f"--image-size {size}: a picture is at least one patch of {vision.patch_size} pixels")
+        for option, pixels in (("--image-size", size), ("--via-image-size", source.via_image_size)):
+            if pixels is not None and (type(pixels) is not int or pixels < vision.patch_size):
+                raise InputError(f"{option} {pixels}: a picture is at least one patch of {vision.patch_size} pixels")
         return replace(vision, num_hidden_layers=layers, image_size=size)
 
     def _is_tied(self, text: TextConfig) -> bool:

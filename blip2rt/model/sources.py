@@ -26,6 +26,8 @@ class CheckpointSource:
         vision: file with the image encoder of a LAVIS model that was saved without it.
         llm: directory or hub id of the language model of a model that was saved without it.
         image_size: side of the pictures in pixels; position embeddings of another size are interpolated. None: theirs.
+        via_image_size: interpolate them to this size first and to `image_size` then, as mmpretrain does where a model
+            is built for other pictures than it is given (its VQA: 364, then 224), which changes them.
         vision_layers: blocks of the image encoder to use. None: as many as the format's own code.
     """
 
@@ -34,6 +36,7 @@ class CheckpointSource:
     vision: str | Path | None = None
     llm: str | Path | None = None
     image_size: int | None = None
+    via_image_size: int | None = None
     vision_layers: int | None = None
 
 

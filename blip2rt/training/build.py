@@ -28,7 +28,7 @@ from .lora import add_adapters
 from .recipe import CONTRASTIVE, GENERATIVE, Recipe
 from .saving import language_model_config, write_checkpoint
 from .streams import open_scenes
-from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_activations, freeze
+from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_activations, freeze, hold_key_biases
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
 from .weights import fill, is_tied, open_start
 
@@ -74,6 +74,7 @@ def build(recipe: Recipe) -> Built:
     text = config.text if isinstance(config, Blip2Config) else None
     fresh = fill(task.model, recipe.model, start, config.vision, text, recipe.seed)
     unknown = freeze(task, recipe.model.train or task.trained)
+    hold_key_biases(task)
     if recipe.model.train and unknown:
         parts = sorted({name.split(".")[0] for name, _ in task.model.named_parameters()})
         raise InputError(f"model.train names {', '.join(unknown)}, and the model has {', '.join(parts)}")

@@ -144,6 +144,23 @@ def freeze(task: Task, trained: tuple[str, ...]) -> list[str]:
     return [prefix for prefix in trained if not any(_is_below(name, prefix) for name in named)]
 
 
+def hold_key_biases(task: Task) -> None:
+    """Leave the key biases of the image encoder as they are: zero from the seed, as in every published model.
+
+    Softmax cancels them, so that their gradients are rounding noise, of which Adam's division would make whole steps;
+    and the formats of LAVIS and mmpretrain have no place for them.
+    """
+    for name, parameter in task.model.named_parameters():
+        if name.startswith("vision.") and name.endswith(".qkv.bias") and parameter.requires_grad:
+            parameter.register_hook(_without_keys)
+
+
+def _without_keys(gradient: Tensor) -> Tensor:
+    """A gradient of the biases of queries, keys and values, with that of the keys zero."""
+    query, _, value = gradient.chunk(3)
+    return torch.cat((query, torch.zeros_like(query), value))
+
+
 def _is_below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix.removesuffix('.')}.")
 
