@@ -12,10 +12,10 @@ demo: .venv/export.stamp
 	$(BIN)/python export/build_engines.py --force
 	$(BIN)/python export/build_engines.py --model blip2rt/bundled/retriever --force
 	$(BIN)/blip2rt caption blip2rt/bundled/images/* --engine engines/
-	$(BIN)/blip2rt answer blip2rt/bundled/images/room.jpg --question "what is left of the cake?" --engine engines/
+	$(BIN)/blip2rt answer blip2rt/bundled/images/night.jpg --question "what is left of the axe?" --engine engines/
 	rm -rf build/gallery
 	$(BIN)/blip2rt embed blip2rt/bundled/images/* --gallery build/gallery --engine engines/
-	$(BIN)/blip2rt search "four pandas on a beach" "a butterfly" --k 2 --gallery build/gallery --engine engines/
+	$(BIN)/blip2rt search "three pineapples on a beach" "a sheep" --k 2 --gallery build/gallery --engine engines/
 
 test: .venv/dev.stamp
 	$(BIN)/pytest -n auto --dist loadfile

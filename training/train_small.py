@@ -34,7 +34,7 @@ STAGES = {  # folder of OUTPUT -> recipe
     "retriever": "small-retrieval",
 }
 BUNDLED = ("captioner", "retriever")
-ABLATION_STEPS = 600  # of stage 2, with stage 1 and without
+ABLATION_STEPS = 250  # of stage 2, with stage 1 and without
 TEST_SCENES, UNIQUE_SCENES = 2000, 1000
 
 
