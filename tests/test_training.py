@@ -213,7 +213,7 @@ def stage1(train: Train, data: Path, vision: Path, tokenizers_of_64: tuple[Path,
 
 @pytest.fixture(scope="module")
 def stage2(train: Train, stage1: Path, random_language: Path) -> Path:
-    return train("stage2", "", f"model={{start='{stage1}/checkpoint', llm='{random_language}'}}", steps=350, rate=1e-2)
+    return train("stage2", "", f"model={{start='{stage1}/checkpoint', llm='{random_language}'}}", steps=450, rate=1e-2)
 
 
 def test_vision(vision: Path) -> None:

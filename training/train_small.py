@@ -126,7 +126,8 @@ class Chain:
         recipe = read_recipe(recipe_file)
         steps, batch = self.scaled(recipe.run.steps), max(2, recipe.run.batch_size // self._processes)
         settings = [f"run.steps={steps}", f"run.batch_size={batch}"]
-        settings += [f"optimizer.warmup_steps={min(recipe.optimizer.warmup_steps, steps - 1)}"]
+        settings += [f"optimizer.warmup_steps={min(recipe.optimizer.warmup_steps, steps // 2)}"]
+        settings += [f"run.log_every={min(recipe.run.log_every, max(1, steps // 10))}"]
         for i, data in enumerate(recipe.data):
             if data.format == "text":
                 settings += [f"data.{i}.path={self.output}/texts/documents.txt"]

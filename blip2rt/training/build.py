@@ -15,7 +15,7 @@ from ..data.scenes import PLACES
 from ..errors import CheckpointError, InputError
 from ..export import read_normalisation
 from ..export.convert import COMPANIONS
-from ..export.tokenizer_files import QUESTION_FOLDER
+from ..export.tokenizer_files import QUESTION_FOLDER, read_tokenizer
 from ..model import Blip2, Blip2Config, Blip2Retrieval, Checkpoint, RetrievalConfig
 from ..model.config import ModelConfig, OPTConfig, T5Config
 from ..model.named_configs import read_config
@@ -32,6 +32,7 @@ from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_a
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
 from .weights import fill, is_tied, open_start
 
+IMAGE = "<image>"  # stands for a query slot in the text that transformers sees
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 TOKENIZERS = tuple(name for name in COMPANIONS if name not in (*PROCESSORS, "generation_config.json"))
 
@@ -111,8 +112,13 @@ def _config(recipe: Recipe, start: Checkpoint | None) -> dict[str, Any]:
     config["architectures"] = [name]
     if is_contrastive:
         config.pop("text_config", None)
+        config.pop("image_token_index", None)  # transformers would cut as many words as queries off every text
     elif "text_config" not in config and recipe.stage != "vision":
         raise InputError(f"the stage {recipe.stage} has a language model: name it with model.llm or model.config")
+    if recipe.stage in GENERATIVE and config.get("image_token_index") is None:
+        image = read_tokenizer(_tokenizer(recipe, start), "model.tokenizer").get_vocab().get(IMAGE)
+        if image is not None:
+            config["image_token_index"] = image
     return config
 
 
