@@ -36,14 +36,21 @@ def contest(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp(request.param)
     checkpoint = CHECKPOINT if request.param == "tiny" else make_medium(folder / "checkpoint")
     pipe = Pipeline(export_engine(checkpoint, folder / "engine"))
-    return Contest(request.param, pipe, Blip2ForConditionalGeneration.from_pretrained(checkpoint).eval())
+    return Contest(
+        request.param, pipe, Blip2ForConditionalGeneration.from_pretrained(checkpoint, dtype="float32").eval()
+    )
 
 
 def make_medium(directory: Path) -> Path:
     """27 M parameters: 101 tokens of width 384 through 6 blocks, OPT of width 512 with 6 blocks."""
     config = Blip2Config.from_pretrained(CHECKPOINT)
     vars(config.vision_config).update(
-        hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6, image_size=140
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        image_size=140,
+        patch_size=14,
     )
     vars(config.qformer_config).update(
         hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, encoder_hidden_size=384
