@@ -27,14 +27,8 @@ from .server.settings import ServerSettings
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
-SOURCE_OPTIONS = (
-    "config",
-    "vision",
-    "llm",
-    "image_size",
-    "via_image_size",
-    "vision_layers",
-)  # fields of CheckpointSource
+# Fields of CheckpointSource.
+SOURCE_OPTIONS = ("config", "vision", "llm", "image_size", "via_image_size", "vision_layers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,11 +93,12 @@ def caption(arguments: argparse.Namespace) -> int:
 
 def answer(arguments: argparse.Namespace) -> int:
     """Answer a question about pictures; of a closed list, where one is given."""
+    closed: dict[str, Any] = {"candidates": _lines(arguments.candidates)} if arguments.candidates else {}
 
     def run(pipe: Pipeline, images: Any, **keywords: Any) -> list[Generation]:
-        if arguments.candidates:
-            keywords = {"candidates": _lines(arguments.candidates)} | _given(keywords)
-        return pipe.answer(images, arguments.question, **keywords)
+        if closed:  # what was not said must not seem to be
+            keywords = {name: value for name, value in keywords.items() if value not in ([], GenerationOptions())}
+        return pipe.answer(images, arguments.question, **closed, **keywords)
 
     return _write_results(arguments, ANSWER_DEFAULTS, run)
 
@@ -254,12 +249,6 @@ def _lines(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): it holds one candidate a line, in UTF-8") from None
     return [line.strip() for line in lines if line.strip()]
-
-
-def _given(keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that are not as if they had been left out."""
-    is_default = keywords.get("options") == GenerationOptions()
-    return {name: value for name, value in keywords.items() if value and not (name == "options" and is_default)}
 
 
 def _options(arguments: argparse.Namespace) -> GenerationOptions:

@@ -18,7 +18,7 @@ from .data import CaptionItem, Question, read_captions, read_questions
 from .data.cleaning import clean_question
 from .errors import InputError
 from .evaluate_retrieval import evaluate_retrieval
-from .evaluate_scores import Scores, score, submission
+from .evaluate_scores import Scores, as_scored, score, submission
 from .evaluation.captions import not_scorable
 from .inputs import BATCH_SIZE
 from .pipeline import Pipeline
@@ -86,15 +86,15 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
     else:
         items = read_captions(data, preset.data_set, preset.split)
     if preset.task == CAPTION:
-        warn_of(not_scorable())
+        _warn_of(not_scorable())
     _claim(output, {"preset": asdict(preset), "engine": manifest.digest(), "items": _digest(items)})
     if preset.task == RETRIEVE:
         pictures = [item for item in items if isinstance(item, CaptionItem)]
         scores = Scores(evaluate_retrieval(pipe, pictures, output, preset))
     else:
-        texts = _predict(preset, pipe, items, output / "predictions.jsonl")
+        texts, why_not = as_scored(preset, _predict(preset, pipe, items, output / "predictions.jsonl"))
         _write(output / "submission.json", submission(preset, items, texts))
-        scores = score(preset, items, texts)
+        scores = score(preset, items, texts, why_not)
     report = Report(
         preset.name,
         preset.source,
@@ -110,7 +110,7 @@ def evaluate(preset: Preset, pipe: Pipeline, data: Path, output: Path, *, any_en
     return report
 
 
-def warn_of(not_scored: dict[str, str]) -> None:
+def _warn_of(not_scored: dict[str, str]) -> None:
     """Say before the work what will be missing after it."""
     for reason in dict.fromkeys(not_scored.values()):
         names = ", ".join(name for name, why in not_scored.items() if why == reason)

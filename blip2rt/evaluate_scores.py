@@ -26,16 +26,17 @@ def submission(preset: Preset, items: Sequence[CaptionItem | Question], texts: M
     """What the official server takes of texts by id."""
     if preset.task != VQA:
         return [{"image_id": item.id, "caption": texts[item.id]} for item in items]
-    answers = _as_scored(preset, [texts[item.id] for item in items])[0]
     identifier, answer = ("questionId", "prediction") if preset.data_set == "gqa" else ("question_id", "answer")
-    return [{identifier: item.id, answer: said} for item, said in zip(items, answers, strict=True)]
+    return [{identifier: item.id, answer: texts[item.id]} for item in items]
 
 
-def score(preset: Preset, items: Sequence[CaptionItem | Question], texts: Mapping[Any, str]) -> Scores:
-    """Score texts by id, as the preset's source did."""
+def score(
+    preset: Preset, items: Sequence[CaptionItem | Question], texts: Mapping[Any, str], why_not: str = ""
+) -> Scores:
+    """Score texts by id, as the preset's source did; both arguments are what `as_scored` gave."""
     questions = [item for item in items if isinstance(item, Question)]
     if questions:
-        return _score_answers(preset, questions, [texts[question.id] for question in questions])
+        return _score_answers(preset, questions, [texts[question.id] for question in questions], why_not)
     pictures = [item for item in items if isinstance(item, CaptionItem)]
     scores = Scores({})
     for domain in (None, *DOMAINS):
@@ -53,8 +54,7 @@ def _add_caption_scores(scores: Scores, pictures: Sequence[CaptionItem], texts: 
         scores.not_scored |= scored.not_scored
 
 
-def _score_answers(preset: Preset, questions: Sequence[Question], answers: list[str]) -> Scores:
-    answers, why_not = _as_scored(preset, answers)
+def _score_answers(preset: Preset, questions: Sequence[Question], answers: list[str], why_not: str) -> Scores:
     as_said, not_scored = (", not lemmatised", {"accuracy": why_not}) if why_not else ("", {})
     if not any(question.answers for question in questions):
         reason = f"the answers of {preset.split} are not public: send submission.json to the official server"
@@ -71,9 +71,9 @@ def _score_answers(preset: Preset, questions: Sequence[Question], answers: list[
     return Scores(found, not_scored, table["perQuestionType"])
 
 
-def _as_scored(preset: Preset, answers: list[str]) -> tuple[list[str], str]:
-    """Answers as the preset's source scores them, lemmatised perhaps; and, where that cannot be, why not."""
+def as_scored(preset: Preset, texts: Mapping[Any, str]) -> tuple[Mapping[Any, str], str]:
+    """Texts by id as the preset's source scores them, lemmatised perhaps; and, where that cannot be, why not."""
     if not preset.lemmatizes:
-        return answers, ""
+        return texts, ""
     lemmatize, why_not = load_lemmatizer()
-    return ([lemmatize(answer) for answer in answers], "") if lemmatize else (answers, why_not)
+    return ({key: lemmatize(text) for key, text in texts.items()}, "") if lemmatize else (texts, why_not)

@@ -23,7 +23,7 @@ from blip2rt import InputError, Pipeline, cli, evaluate, evaluate_scores, infere
 from blip2rt.cli import main
 from blip2rt.data import read_captions, read_questions
 from blip2rt.data.cleaning import clean_caption, clean_question
-from blip2rt.evaluate_scores import score, submission
+from blip2rt.evaluate_scores import as_scored, score, submission
 from blip2rt.evaluation import CaptionScores, retrieval_table
 from blip2rt.manifest import Manifest
 from blip2rt.model import named_configs
@@ -543,7 +543,7 @@ def test_okvqa_answers_are_lemmatised_or_not_scored(tmp_path: Path, monkeypatch:
     questions, preset = read_questions(data, "okvqa"), find_preset("lavis-okvqa-flan-t5-xl")
     texts: dict[int | str, str] = {0: "dogs running", 10: "dog run"}
     monkeypatch.setitem(sys.modules, "spacy", None)  # import fails
-    scores = score(preset, questions, texts)
+    scores = score(preset, questions, *as_scored(preset, texts))
     assert scores.found["accuracy, not lemmatised"] == 50
     assert "accuracy" not in scores.found
     assert "pip install 'blip2rt[okvqa]' && python -m spacy download en_core_web_sm" in scores.not_scored["accuracy"]
@@ -559,10 +559,10 @@ def test_okvqa_answers_are_lemmatised_or_not_scored(tmp_path: Path, monkeypatch:
     spacy = ModuleType("spacy")
     spacy.load = load  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "spacy", spacy)
-    scores = score(preset, questions, texts)
+    scores = score(preset, questions, *as_scored(preset, texts))
     assert (scores.found["accuracy"], scores.not_scored) == (100, {})
-    assert submission(preset, questions, texts)[0]["answer"] == "dog run"
-    assert submission(preset, questions, texts | {10: "better dogs"})[1]["answer"] == "better dog"
+    assert submission(preset, questions, as_scored(preset, texts)[0])[0]["answer"] == "dog run"
+    assert submission(preset, questions, as_scored(preset, texts | {10: "better dogs"})[0])[1]["answer"] == "better dog"
 
 
 def test_nocaps_has_a_table_of_domains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

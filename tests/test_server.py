@@ -812,12 +812,14 @@ def test_sigterm_loses_nothing_and_sighup_reloads(tiny_engine: Path, tiny_pipeli
             while metric(process, 'blip2rt_reloads_total{outcome="ok"}') < 1 and time.monotonic() < deadline:
                 time.sleep(0.05)
             futures = [pool.submit(ask, i) for i in range(10)]
-            while metric(process, "blip2rt_queue_pictures") < 6 and not any(future.done() for future in futures):
+            accepted = 0.0
+            while accepted < 6 and not any(future.done() for future in futures):
                 time.sleep(0.005)
+                accepted = metric(process, "blip2rt_queue_pictures")
             process.process.send_signal(signal.SIGTERM)
             answers = [future.result() for future in futures]
             assert set(answers) <= {expected, "refused"}
-            assert answers.count(expected) >= 6
+            assert answers.count(expected) >= max(1, accepted)
         assert process.process.wait(60) == 0, process.log
     finally:
         process.process.kill()

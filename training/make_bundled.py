@@ -23,8 +23,9 @@ import blip2rt.bundled
 from blip2rt import Blip2rtError, InputError
 from blip2rt.data.scenes import Scene, Scenes, Sprites, Thing
 from blip2rt.data.scenes.scene import Look
+from blip2rt.training.recipe import read_recipe
 
-STYLES = ("noto", "twemoji", "fluent", "emojione")  # those of the training
+RECIPE = Path(__file__).parent / "recipes" / "small-vision.toml"  # its styles are those of the pictures
 SEED, SIDE = 5, 336  # of the test scenes; pixels
 SCENES = {"beach": 4, "night": 7, "stage": 9, "street": 35, "snow": 63}  # name -> index of the test split
 PHOTOGRAPH = Scene(
@@ -79,7 +80,7 @@ def write_pictures(sprites: Path, photograph: Path, directory: Path) -> None:
     """Scenes, one of them in a file as telephones write it and one with transparent corners; and the photograph."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    scenes = Scenes(Sprites.open(sprites, STYLES), "test", SEED, SIDE)
+    scenes = Scenes(Sprites.open(sprites, read_recipe(RECIPE).data[0].styles), "test", SEED, SIDE)
     pictures = {name: Image.fromarray(scenes.picture(scenes.scene(index))) for name, index in SCENES.items()}
     with Image.open(photograph) as opened:
         sky = ImageOps.fit(opened.convert("RGB"), (SIDE, SIDE))

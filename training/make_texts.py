@@ -20,10 +20,10 @@ from blip2rt import Blip2rtError, InputError
 from blip2rt.data.scenes import Scenes, Sprites
 from blip2rt.data.scenes.words import Lexicon
 from blip2rt.progress import progress
+from blip2rt.tokenizer import CAPTION_PROMPT, QUESTION_PROMPT
 
 BOS, PAD, EOS, UNK, IMAGE = "<s>", "<pad>", "</s>", "<unk>", "<image>"  # ids 0, 1, 2, 3 as in OPT; the last id
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
-PROMPT, QUESTION = "a photo of", "Question: {} Answer:"
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SAMPLE = 3000  # scenes from whose texts the byte-level BPE learns its words
 PROMPTED = 0.7  # share of the captions in documents that begin with the prompt
@@ -70,8 +70,8 @@ def document(scenes: Scenes, index: int) -> str:
     """The texts of a scene, one a line; what a line says helps to foretell the next, which is reading."""
     scene, random = scenes.scene(index), Random(f"document {scenes.seed} {index}")
     captions = random.sample(scenes.captions(index, scene), 3)
-    lines = [f"{PROMPT} {text}" if random.random() < PROMPTED else text for text in captions]
-    lines += [f"{QUESTION.format(item.question)} {item.answer}" for item in scenes.questions(index, scene)]
+    lines = [f"{CAPTION_PROMPT} {text}" if random.random() < PROMPTED else text for text in captions]
+    lines += [f"{QUESTION_PROMPT.format(item.question)} {item.answer}" for item in scenes.questions(index, scene)]
     random.shuffle(lines)
     return "\n".join(lines)
 

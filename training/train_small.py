@@ -23,7 +23,7 @@ from blip2rt.training.recipe import read_recipe
 
 HERE = Path(__file__).parent
 RECIPES = HERE / "recipes"
-STYLES, UNSEEN = ("noto", "twemoji", "fluent", "emojione"), "openmoji"
+UNSEEN = "openmoji"  # the style that no recipe names
 DOCUMENTS = 80_000
 STAGES = {  # folder of OUTPUT -> recipe
     "vision": "small-vision",
@@ -50,7 +50,8 @@ class Chain:
 
     def __init__(self, output: Path, sprites: Path, part: float, processes: int):
         self.output, self.sprites, self._part, self._processes = output, sprites, part, processes
-        self.styles = [style for style in STYLES if (sprites / style).is_dir()] or sorted(
+        known = read_recipe(RECIPES / "small-vision.toml").data[0].styles
+        self.styles = [style for style in known if (sprites / style).is_dir()] or sorted(
             path.name for path in sprites.iterdir() if path.is_dir()
         )
 
@@ -69,7 +70,7 @@ class Chain:
         for name in ("before-stage1", "ablation-with", "ablation-without"):
             self.export(f"compared/{name}/engine", name)
         self.measure()
-        call(HERE / "write_card.py", self.output)
+        call(HERE / "write_card.py", self.output, *STAGES)
 
     def train(self, name: str, recipe: str, overrides: Sequence[str] = ()) -> None:
         """One training, into OUTPUT/NAME; how long it took goes into OUTPUT/NAME/facts.json."""

@@ -1,6 +1,6 @@
 """From a folder of `train_small.py` to a model card: its tables, the curves of every stage, the sheet of pictures.
 
-python training/write_card.py RUNS
+python training/write_card.py RUNS STAGE ...
 """
 
 import argparse
@@ -14,7 +14,6 @@ from typing import Any
 Table = dict[str, Any]
 WIDTH, HEIGHT, MARGIN, TITLE = 300, 150, 34, 22  # of one curve's panel, in pixels of the SVG
 COLORS = ("#1f5fbf", "#c2571a", "#12702b", "#7b3fa0", "#5f6368")
-STAGES = ("vision", "language", "stage1", "stage2", "captioner", "retriever")
 NO_LOSSES = ("step", "learning_rate", "gradient_norm", "bad_records", "seconds")
 SMOOTH = 0.05  # a curve is a mean over so large a part of its points
 ROWS = {  # key of scenes-table.json -> how the card calls it
@@ -49,28 +48,29 @@ COLUMNS = {  # folder of tables -> what it measures
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write RUNS/card: tables, curves, the sheet of pictures, the log.")
     parser.add_argument("runs", type=Path, help="what train_small.py made")
+    parser.add_argument("stages", nargs="+", metavar="STAGE", help="its trainings that the card tells of, in order")
     args = parser.parse_args(argv)
     try:
-        write_card(args.runs)
+        write_card(args.runs, args.stages)
     except OSError as error:
         print(f"write_card: {error}: train_small.py makes what is missing", file=sys.stderr)
         return 1
     return 0
 
 
-def write_card(runs: Path) -> None:
+def write_card(runs: Path, stages: Sequence[str]) -> None:
     """Write RUNS/card: tables.md, tables.json, curves.svg, sheet.png, log.json."""
     card = runs / "card"
     card.mkdir(exist_ok=True)
-    logs = {stage: read_log(runs / stage / "log.jsonl") for stage in STAGES}
-    facts = {stage: json.loads((runs / stage / "facts.json").read_text("utf-8")) for stage in STAGES}
+    logs = {stage: read_log(runs / stage / "log.jsonl") for stage in stages}
+    facts = {stage: json.loads((runs / stage / "facts.json").read_text("utf-8")) for stage in stages}
     tables = {path.parent.name: json.loads(path.read_text("utf-8")) for path in runs.glob("tables/*/scenes-table.json")}
     if "prior" in tables.get("main", {}):
         tables["prior"] = tables["main"]["prior"]
     (card / "curves.svg").write_text(draw_curves(logs), "utf-8")
     shutil.copy(runs / "tables" / "main" / "sheet.png", card / "sheet.png")
     thinned = {stage: thin(log) for stage, log in logs.items()}
-    log = {stage: {**facts[stage], "log": thinned[stage]} for stage in STAGES}
+    log = {stage: {**facts[stage], "log": thinned[stage]} for stage in stages}
     (card / "log.json").write_text(json.dumps(log, indent=1) + "\n", "utf-8")
     sections = {
         "stages": stage_table(logs, facts),
@@ -97,9 +97,7 @@ def stage_table(logs: Mapping[str, Sequence[Table]], facts: Mapping[str, Table])
     rows = []
     for stage, log in logs.items():
         known, last = facts[stage], log[-max(1, round(len(log) * SMOOTH)) :]
-        losses = [
-            key for key in log[-1] if key not in ("step", "learning_rate", "gradient_norm", "bad_records", "seconds")
-        ]
+        losses = [key for key in log[-1] if key not in NO_LOSSES]
         ends = ", ".join(f"{key} {sum(row[key] for row in last) / len(last):.3f}" for key in losses)
         rows.append(
             [
