@@ -328,3 +328,18 @@ def test_labels_and_text_alone() -> None:
     counts = (TEXTS != 0).sum(1) - 1
     together = opt_loss(decoder, None, TEXTS, TEXTS.masked_fill(TEXTS == 0, IGNORED))
     assert torch.allclose(together, (torch.stack(alone) * counts).sum() / counts.sum(), rtol=1e-12)
+
+
+def test_texts_of_one_picture_are_branches_of_one_row() -> None:
+    """Three texts behind one picture and one behind another: loss and gradients as if each had a picture of its own."""
+    model = small_blip2(OPT)
+    decoder: Any = model.decoder
+    owner = torch.tensor([0, 0, 0, 1])
+    labels = mask_prompt(TEXTS, TEXTS != 0, torch.tensor([2, 1, 0, 2]))
+    prefix = torch.randn(2, 3, OPT.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for given, owners in ((prefix.clone().requires_grad_(), owner), (prefix.clone().requires_grad_(), None)):
+        loss = opt_loss(decoder, given if owners is not None else given[owner], TEXTS, labels, owners)
+        results.append((loss, *torch.autograd.grad(loss, (given, decoder.embedding.token.weight))))
+    for together, alone in zip(*results, strict=True):
+        assert torch.allclose(together, alone, rtol=1e-12, atol=1e-14)

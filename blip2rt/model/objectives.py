@@ -134,33 +134,58 @@ def mask_prompt(text_ids: Tensor, text_mask: Tensor, prompt_lengths: Tensor) -> 
     return text_ids.masked_fill(given | ~text_mask, IGNORED)
 
 
-def opt_loss(decoder: OPT, prefix: Tensor | None, text_ids: Tensor, labels: Tensor) -> Tensor:
+def opt_loss(
+    decoder: OPT, prefix: Tensor | None, text_ids: Tensor, labels: Tensor, owner: Tensor | None = None
+) -> Tensor:
     """Language modelling loss of a decoder-only language model behind the picture.
 
-    Padding stands behind the text, where no token sees it: so no mask hides it.
+    All texts of a picture stand in one row behind it, as branches of one tree: each sees the picture and itself.
 
     Args:
         decoder: OPT.
         prefix: [B, Q, D], or None: text alone, whose first token then is no label.
-        text_ids: [B, T], BOS first.
-        labels: [B, T], `IGNORED` where the loss does not count; `mask_prompt` makes them.
+        text_ids: [R, T], BOS first.
+        labels: [R, T], `IGNORED` where the loss does not count; `mask_prompt` makes them. What stands behind a text's
+            last label is left out.
+        owner: [R], the picture of each text, in rising order; None: text i stands behind picture i.
     """
+    device, labelled = labels.device, labels != IGNORED
+    owner = torch.arange(len(labels), device=device) if owner is None else owner
+    branch, depth = labelled.flip(1).cumsum(1).flip(1).nonzero(as_tuple=True)  # of every token up to the last label
+    picture = owner[branch]
+    counts = torch.bincount(picture, minlength=int(owner[-1]) + 1)
+    place = torch.arange(len(branch), device=device) - (counts.cumsum(0) - counts)[picture]  # among the picture's
+    shape = (len(counts), int(counts.max()))
+    queries = prefix.shape[1] if prefix is not None else 0
     if prefix is None:
-        prefix = decoder.embedding.token.weight.new_zeros(len(text_ids), 0, decoder.embedding.token.embedding_dim)
-    (count, queries), length = prefix.shape[:2], text_ids.shape[1]
-    ids = torch.cat((text_ids.new_full((count, queries), -1), text_ids), dim=1)  # [B, Q+T]
-    rows = torch.arange(queries + length, device=ids.device).expand(count, -1)
-    label_rows = rows[:, max(queries - 1, 0) : -1]  # each predicts the token behind it
+        prefix = decoder.embedding.token.weight.new_zeros(len(counts), 0, decoder.embedding.token.embedding_dim)
+
+    def lay(values: Tensor, fill: int) -> Tensor:
+        """Values of every token as [B, P]; `fill` behind each picture's last."""
+        laid = torch.full(shape, fill, device=device)
+        laid[picture, place] = values
+        return laid
+
+    query_rows = torch.arange(queries, device=device).expand(len(counts), -1)
+    ids = torch.cat((torch.full_like(query_rows, -1), lay(text_ids[branch, depth], 0)), dim=1)  # [B, Q+P]
+    positions = torch.cat((query_rows, lay(queries + depth, 0)), dim=1)
+    branches = torch.cat((torch.full_like(query_rows, -1), lay(branch, -2)), dim=1)
+    is_seen = (branches[:, None, :] == branches[:, :, None]) | (branches[:, None, :] == -1)
+    rows = torch.arange(queries + shape[1], device=device)
+    mask = _additive((is_seen & (rows[None, :] <= rows[:, None]))[:, None], prefix)  # [B, 1, Q+P, Q+P]
+    # each token is predicted by the one before it, the first of a text by the picture's last row
+    before = torch.where(depth > 0, queries + place - 1, max(queries - 1, 0))
+    seen_labels = labels[branch, depth].masked_fill((depth == 0) & (queries == 0), IGNORED)
     logits, *_ = decoder(
-        F.pad(prefix, (0, 0, 0, length)),
+        F.pad(prefix, (0, 0, 0, shape[1])),
         ids,
-        rows,
-        rows[:, 0],
-        _causal_mask(queries + length, prefix),
-        label_rows,
+        positions,
+        rows.new_zeros(len(counts)),
+        mask,
+        lay(before, 0),
         *[None] * (2 * len(decoder.blocks)),
     )
-    return _token_loss(logits, labels[:, -label_rows.shape[1] :])
+    return _token_loss(logits, lay(seen_labels, IGNORED))
 
 
 def t5_loss(

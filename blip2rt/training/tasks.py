@@ -87,13 +87,14 @@ class Generative(Task):
         if "question_ids" in batch:
             question_mask = additive_mask(batch["question_mask"], image_embeds)
             _, prefix = model.qformer(image_embeds[owner], batch["question_ids"], question_mask)  # [R, Q, D]
+            owner = torch.arange(len(owner), device=owner.device)  # a picture for every question
         else:
-            prefix = model.qformer(image_embeds)[1][owner]
+            _, prefix = model.qformer(image_embeds)
         ids, mask, prompt_mask = batch["text_ids"], batch["text_mask"], batch["prompt_mask"]
         if isinstance(model.decoder, OPT):
             labels = mask_prompt(ids, mask, prompt_mask.sum(1))
-            return {"loss": opt_loss(model.decoder, prefix, ids, labels)}
-        return {"loss": t5_loss(model, prefix, batch["prompt_ids"], prompt_mask, ids, mask)}
+            return {"loss": opt_loss(model.decoder, prefix, ids, labels, owner)}
+        return {"loss": t5_loss(model, prefix[owner], batch["prompt_ids"], prompt_mask, ids, mask)}
 
 
 class Language(Task):
