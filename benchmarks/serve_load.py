@@ -2,7 +2,8 @@
 
 python benchmarks/serve_load.py    -> results/serve-load.json
 
-Fails when an answer is wrong, or a request ends otherwise than with an answer or a 429 that says when to come again.
+Fails when an answer is wrong, a request ends otherwise than with an answer or a 429 that says when to come again, the
+rate is below 0.85 of the bare Pipeline's at its best batch, memory grows by a tenth, or the server dies.
 """
 
 import argparse
@@ -31,7 +32,9 @@ RESULT = Path(__file__).parent / "results" / "serve-load.json"
 QUESTIONS = ("what is on the table?", "where is it?", "which colour is it?")
 OPTIONS: dict[str, Any] = {"num_beams": 1, "max_new_tokens": 10}
 SIZE = (320, 240)
+LEAST_RATE, MOST_GROWTH = 0.85, 1.1
 WARM_UP = 0.1  # of the time: until then memory may grow as it likes
+GOOD = {"200", "429"}
 Case = tuple[dict[str, Any], str]  # body of a request, and the text that must come
 
 
@@ -67,8 +70,17 @@ def main(argv: list[str] | None = None) -> int:
     }
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
-    good = {"200", "429"}
-    return int(any(run["wrong"] or set(run["statuses"]) - good or not run["statuses"] for run in (alone, many)))
+    runs = (alone, many)
+    checks = {
+        "every answer is right": not any(run["wrong"] for run in runs),
+        "every request is answered or told to come again": all({"200"} <= set(run["statuses"]) <= GOOD for run in runs),
+        f"the rate is {LEAST_RATE} of the bare Pipeline's": many["a_second"] >= LEAST_RATE * best,
+        "memory stays flat": many["resident_mb"]["last_third"] <= MOST_GROWTH * many["resident_mb"]["first_third"],
+    }
+    failed = [check for check, holds in checks.items() if not holds]
+    for check in failed:
+        print(f"failed: {check}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def make_picture(seed: int) -> bytes:
@@ -143,15 +155,19 @@ async def load(server: Server, cases: list[Case], clients: int, seconds: float) 
             try:
                 response = await http.post("/v1/chat/completions", json=body)
             except httpx.HTTPError as error:
+                if server.process.poll() is not None:
+                    raise SystemExit(f"the server ended with status {server.process.returncode}") from error
                 statuses[type(error).__name__] += 1
                 continue
             statuses[str(response.status_code)] += 1
             if response.status_code == 429:
                 await asyncio.sleep(int(response.headers["retry-after"]))
                 continue
+            if response.status_code != 200:
+                continue
             times.append(time.perf_counter() - began)
-            found = response.json()["choices"][0]["message"]["content"] if response.status_code == 200 else ""
-            if response.status_code == 200 and found != expected:
+            found = response.json()["choices"][0]["message"]["content"]
+            if found != expected:
                 wrong.append({"expected": expected, "found": found})
 
     async def watch() -> None:
