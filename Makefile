@@ -17,7 +17,7 @@ demo: .venv/export.stamp
 	$(BIN)/blip2rt embed blip2rt/bundled/images/* --gallery build/gallery --engine engines/
 	$(BIN)/blip2rt search "three pineapples on a beach" "a sheep" --k 2 --gallery build/gallery --engine engines/
 
-test: .venv/dev.stamp
+test: .venv/dev.stamp .venv/chromium.stamp
 	$(BIN)/pytest -n auto --dist loadfile
 
 lint: .venv/dev.stamp
@@ -46,3 +46,8 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --editable '.[$*]'
 	@touch $@ $(if $(filter dev,$*),.venv/export.stamp)
+
+# Without npm the tests of the page are skipped, and say why.
+.venv/chromium.stamp: .venv/dev.stamp tests/get_chromium.py
+	-$(BIN)/python tests/get_chromium.py .venv/chromium
+	@touch $@

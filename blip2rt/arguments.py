@@ -108,6 +108,10 @@ def add_bulk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="processes that decode (default: one for two cores)")
     parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"(default: {BATCH_SIZE})")
     parser.add_argument("--force", action="store_true", help="throw away an output that is there, and begin anew")
+    parser.add_argument("--ray", action="store_true", help="on the Ray cluster of RAY_ADDRESS, or of this machine")
+    parser.add_argument(
+        "--actors", type=int, help="with --ray: engines, each of --threads CPUs (default: all there is)"
+    )
     add_engine(parser)
     add_options(parser)
 

@@ -114,7 +114,8 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def bulk(arguments: argparse.Namespace) -> int:
     """Caption, or ask about, a whole collection; killed and run again, it goes on where it was."""
-    from .bulk.run import BulkJob, run_bulk
+    from .bulk.job import BulkJob
+    from .bulk.run import run_bulk
     from .bulk.sources import Columns
 
     job = BulkJob(
@@ -133,8 +134,19 @@ def bulk(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
         force=arguments.force,
     )
-    with _extra("parquet"):
-        report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)
+    if arguments.actors is not None and not arguments.ray:
+        raise InputError("--actors is for --ray: add it, or leave --actors out")
+    if arguments.workers is not None and arguments.ray:
+        raise InputError("with --ray every actor decodes for itself: leave --workers out")
+    if arguments.ray:
+        with _extra("ray"):
+            from .bulk.on_ray import run_on_ray
+
+        on = (arguments.engine, arguments.name, arguments.threads, arguments.actors)
+        report = run_on_ray(job, arguments.output, *on)
+    else:
+        with _extra("parquet"):
+            report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)
     print(json.dumps(asdict(report)) if arguments.json else report, file=sys.stdout if arguments.json else sys.stderr)
     return int(bool(report.failed) and not report.answered + report.kept + report.skipped)
 

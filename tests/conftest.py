@@ -1,9 +1,12 @@
 """Tiny random checkpoints in transformers' own format, and engines of one of them, for all tests."""
 
+import fcntl
 import json
+import os
 import random
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from blip2rt import Pipeline
+from blip2rt import Pipeline, bundled
 from blip2rt.export import export_engine
+
+pytest_plugins = ["serving"] if find_spec("fastapi") else []
 
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # ids as OPT's: <pad> is 1, </s> is BOS and 2
 
@@ -312,3 +317,17 @@ def tiny_images(tiny_pipeline: Pipeline) -> list[np.ndarray[Any, Any]]:
     size = tiny_pipeline.manifest.image.size
     rng = np.random.default_rng(0)
     return [rng.standard_normal((3, size, size), dtype=np.float32) for _ in range(6)]
+
+
+@pytest.fixture(scope="session")
+def bundled_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bundled captioner and retriever, exported once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundled"
+    folder.mkdir(exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for checkpoint in (bundled.CHECKPOINT, bundled.RETRIEVER):
+            if not (folder / checkpoint.name).exists():
+                export_engine(checkpoint, folder / checkpoint.name)
+    return folder

@@ -23,8 +23,9 @@ from blip2rt import Blip2rtError, GenerationOptions, InputError, OutputError, Pi
 from blip2rt.bulk import run as bulk_run
 from blip2rt.bulk import sinks
 from blip2rt.bulk.decoding import Decoders
+from blip2rt.bulk.job import BulkJob, BulkReport
 from blip2rt.bulk.journal import Journal
-from blip2rt.bulk.run import BulkJob, BulkReport, run_bulk
+from blip2rt.bulk.run import run_bulk
 from blip2rt.bulk.sources import Columns, Source
 from blip2rt.bulk.webdataset import expand_shards, tar_member
 from blip2rt.cli import main

@@ -15,8 +15,9 @@ from PIL import Image
 from blip2rt import EngineError, GenerationOptions, InputError, Pipeline
 from blip2rt.bulk import run as bulk_run
 from blip2rt.bulk import sinks
+from blip2rt.bulk.job import BulkJob, BulkReport
 from blip2rt.bulk.journal import Journal
-from blip2rt.bulk.run import BulkJob, BulkReport, run_bulk
+from blip2rt.bulk.run import run_bulk
 from blip2rt.cli import main
 
 parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'blip2rt[parquet]'")

@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from blip2rt import Pipeline, bundled
-from blip2rt.export import export_engine
 
 HOME = bundled.CHECKPOINT.parent
 WEIGHTS = {name: HOME / name / "model.safetensors" for name in ("captioner", "retriever")}
@@ -25,12 +24,9 @@ SEEN = {"beach": "pineapples", "night": "sheep", "stage": "cars", "street": "sta
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+def pipe(bundled_engines: Path) -> Pipeline:
     """Both engines."""
-    folder = tmp_path_factory.mktemp("engines")
-    for checkpoint in (bundled.CHECKPOINT, bundled.RETRIEVER):
-        export_engine(checkpoint, folder / checkpoint.name)
-    return Pipeline(folder, threads=1)
+    return Pipeline(bundled_engines, threads=1)
 
 
 def upright(file: Path) -> Image.Image:

@@ -81,10 +81,7 @@ class Journal:
             raise InputError(f"{self.folder} has format {found}, and this blip2rt reads {FORMAT}: {_ELSE}")
         old = self._get("settings")
         new = json.loads(json.dumps(settings))
-        changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-        if changed:
-            differences = ", ".join(f"{n} was {old.get(n)!r:.80} and is {new.get(n)!r:.80}" for n in changed)
-            raise InputError(f"the output in place was made with other settings ({differences}): {_ELSE}")
+        refuse_other_settings(old, new)
 
     def state(self) -> dict[str, Any]:
         """What the last `commit` said of the outputs; empty at first."""
@@ -141,6 +138,18 @@ class Journal:
 
     def _set(self, name: str, value: Any) -> None:
         self._database.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+
+
+def refuse_other_settings(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Compare what an output was made with and what it is to be made with.
+
+    Raises:
+        InputError: they differ.
+    """
+    changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if changed:
+        differences = ", ".join(f"{n} was {old.get(n)!r:.80} and is {new.get(n)!r:.80}" for n in changed)
+        raise InputError(f"the output in place was made with other settings ({differences}): {_ELSE}")
 
 
 def forget(folder: Path, remove: Callable[[], None]) -> None:

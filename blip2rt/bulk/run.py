@@ -4,59 +4,27 @@ import os
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from ..errors import Blip2rtError, InputError
-from ..inputs import BATCH_SIZE
 from ..pipeline import Pipeline
 from ..preprocess import ImageSource
 from ..progress import Progress
 from .decoding import Decoded, Decoders, Pixels
-from .formats import FORMATS, errors_file, open_sink, output_folder, pick_format, start_anew
+from .formats import errors_file, open_sink, output_folder, pick_format, start_anew
 from .items import Item
+from .job import BulkJob, BulkReport, make_plan
 from .journal import Journal, Key
 from .sinks import AppendedFile, Row, Sink, json_line
-from .sources import Columns, Source
-from .tasks import FORMATS_WITHOUT_TEXT, TEXT_NAMES, TaskSettings, check_settings, open_task, text_for_all
+from .tasks import answer
 from .webdataset import MAX_SAMPLE
 
+ONLY_THE_FIRST = " in this source, and only the first is answered: give every input an id of its own"
 COMMIT_SECONDS = 1.0  # work that a kill may cost
 LOG_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class BulkJob(TaskSettings):
-    """What is to be done; all that the output depends on, and a few things that only make it faster."""
-
-    source: str
-    output: Path
-    columns: Columns = field(default_factory=Columns)
-    format: str | None = None  # "jsonl", "csv", "parquet", "webdataset", "sidecar", "npy"; None: by the output's ending
-    extension: str = ".txt"  # of sidecar files
-    workers: int | None = None  # processes that decode; None: one for every two cores; 0: decode in this process
-    batch_size: int = BATCH_SIZE
-    force: bool = False  # throw an output away that is there, and begin anew
-
-
-@dataclass(frozen=True)
-class BulkReport:
-    """How it went. `skipped` were done in earlier runs, `kept` had a sidecar file of somebody else's."""
-
-    answered: int
-    failed: int
-    skipped: int
-    kept: int
-    seconds: float
-
-    def __str__(self) -> str:
-        done = self.answered + self.failed
-        rate = f", {done / self.seconds:.1f} a second" if done else ""
-        before = f", {self.skipped} done in earlier runs" if self.skipped else ""
-        kept = f", {self.kept} with a text file that stays" if self.kept else ""
-        return f"{self.answered} answered, {self.failed} failed{before}{kept}{rate}"
 
 
 @dataclass
@@ -96,29 +64,13 @@ class _Run:
             if value is not None and value < least:
                 raise InputError(f"{option} must be a whole number of at least {least}, not {value}")
         self.job = job
-        task_settings, text_column = text_for_all(check_settings(job), job.columns.text)
-        self.text, columns = task_settings.text, replace(job.columns, text=text_column)
-        self.source = Source(job.source, columns)
         chosen = pick_format(job.format, job.output, job.extension)
-        possible = FORMATS_WITHOUT_TEXT.get(job.task)
-        if (chosen == "npy" and possible is None) or chosen not in (possible or (chosen,)):
-            raise InputError(
-                f"--format {chosen} has no place for what the task {job.task!r} gives: pass --format "
-                + ", ".join(possible or (known for known in FORMATS if known != "npy"))
-            )
-        self.task = open_task(task_settings, Pipeline(engine, name=name, threads=threads))
-        self.text_column = columns.text and TEXT_NAMES[job.task]
-        settings = {
-            **self.task.as_dict(),
-            "source": self.source.name,
-            **{f"{name}_column": value for name, value in asdict(columns).items()},
-            "format": chosen,
-            "extension": job.extension if chosen == "sidecar" else None,
-        }
+        plan = make_plan(job, chosen, lambda: Pipeline(engine, name=name, threads=threads))
+        self.source, self.task, self.text, self.text_column = plan.source, plan.task, plan.text, plan.text_column
         folder = output_folder(job.output, chosen)
         if job.force:
             start_anew(job.output, chosen, folder)
-        self.journal = Journal(folder, settings)
+        self.journal = Journal(folder, plan.settings)
         try:
             state = self.journal.state()
             self.sink: Sink = open_sink(
@@ -126,9 +78,7 @@ class _Run:
                 job.output,
                 folder,
                 state.get("sink"),
-                columns={"id": "text"}
-                | ({self.text_column: "text"} if self.text_column else {})
-                | dict(self.task.columns()),
+                columns=plan.columns,
                 num_alternatives=self.task.num_alternatives,
                 rows_per_file=self.task.rows_per_file,
                 extension=job.extension,
@@ -187,7 +137,7 @@ class _Run:
                 continue
             if key[1] > 1:
                 taken = "its id came before" if name == item.id else f"its output {name} is another input's"
-                error = f"{taken} in this source, and only the first is answered: give every input an id of its own"
+                error = f"{taken}{ONLY_THE_FIRST}"
             if error is None and self.sink.has(item):
                 self.kept += 1
                 self._answered.append(key)
@@ -252,13 +202,7 @@ class _Run:
         texts = [self.text if self.text is not None else entry.item.text for entry in readable]
         if not readable:
             return [None] * len(batch)
-        found: list[Row | str]
-        try:
-            found = self.task.rows(features, texts)
-        except InputError:
-            if self.text is not None:
-                raise
-            found = [self._answer_one(*one) for one in zip(features, texts, strict=True)]
+        found = answer(self.task, features, texts, is_one_for_all=self.text is not None)
         rows: dict[int, Row] = {}
         for entry, row in zip(readable, found, strict=True):
             if isinstance(row, str):
@@ -266,13 +210,6 @@ class _Run:
             else:
                 rows[id(entry)] = row
         return [rows.get(id(entry)) for entry in batch]
-
-    def _answer_one(self, features: Any, text: Any) -> Row | str:
-        """Its own text may be what was refused."""
-        try:
-            return self.task.rows([features], [text])[0]
-        except InputError as error:
-            return str(error)
 
     def _write(self, batch: list[_Entry], rows: list[Row | None]) -> None:
         for entry, row in zip(batch, rows, strict=True):

@@ -189,7 +189,7 @@ class ParquetSink(Sink):
     def __init__(
         self, output: Path, state: Any, spools: Path, columns: Mapping[str, str], rows_per_file: int | None = None
     ):
-        """`spools`: a folder for the waiting rows; `columns`: names and kinds, see `_schema`."""
+        """`spools`: a folder for the waiting rows; `columns`: names and kinds, see `table_of`."""
         self._output, self._spools, self._columns = output, spools, columns
         self._rows_per_file = rows_per_file or ROWS_PER_FILE
         self._part: int
@@ -211,28 +211,15 @@ class ParquetSink(Sink):
             self._spool = AppendedFile(self._spool_path(), 0)
 
     def _write_part(self) -> None:
-        from pyarrow import Table, parquet
+        from pyarrow import parquet
 
-        rows = [json.loads(line) for line in self._spool.path.read_bytes().splitlines()]
-        for row in rows:
-            row["id"] = row["id"].encode("utf-8", "backslashreplace").decode()
+        table = table_of(self._spool.path.read_bytes().splitlines(), self._columns)
         path = self._output / f"part-{self._part:05}.parquet"
         private = self._output / f".{path.name}.writing"
         with telling(path):
-            parquet.write_table(Table.from_pylist(rows, self._schema()), private)
+            parquet.write_table(table, private)
             sync_file(private)
             os.replace(private, path)
-
-    def _schema(self) -> Any:
-        import pyarrow as pa
-
-        other = pa.struct({"text": pa.string(), "score": pa.float64()})
-        kinds = {
-            "text": pa.string(), "number": pa.float64(), "integers": pa.list_(pa.int64()),
-            "numbers": pa.list_(pa.float64()), "alternatives": pa.list_(other),
-            "vector": pa.list_(pa.float32()), "vectors": pa.list_(pa.list_(pa.float32())),
-        }  # fmt: skip
-        return pa.schema([(name, kinds[kind]) for name, kind in self._columns.items()])
 
     def sync(self) -> None:
         self._spool.sync()
@@ -306,6 +293,22 @@ class WebDatasetSink(Sink):
 
     def close(self) -> None:
         self._file.close()
+
+
+def table_of(lines: Iterable[bytes], columns: Mapping[str, str]) -> Any:
+    """A pyarrow Table of rows as JSON; `columns` gives their names and kinds."""
+    import pyarrow as pa
+
+    other = pa.struct({"text": pa.string(), "score": pa.float64()})
+    kinds = {
+        "text": pa.string(), "number": pa.float64(), "integers": pa.list_(pa.int64()),
+        "numbers": pa.list_(pa.float64()), "alternatives": pa.list_(other),
+        "vector": pa.list_(pa.float32()), "vectors": pa.list_(pa.list_(pa.float32())),
+    }  # fmt: skip
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["id"] = row["id"].encode("utf-8", "backslashreplace").decode()
+    return pa.Table.from_pylist(rows, pa.schema([(name, kinds[kind]) for name, kind in columns.items()]))
 
 
 def json_line(row: Any) -> bytes:

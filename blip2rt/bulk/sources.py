@@ -64,6 +64,13 @@ class Source:
             return sum(parquet.ParquetFile(file).metadata.num_rows for file in self._files)
         return None
 
+    def files_with_pictures(self) -> list["Source"]:
+        """Shards and parquet files, each a source of its own that can be read on another machine; else nothing."""
+        if self._kind not in ("shards", "parquet"):
+            return []
+        names = [file if file.startswith("pipe:") else os.path.abspath(file) for file in self._files]
+        return [Source(name, self.columns) for name in names]
+
     def __iter__(self) -> Iterator[Item]:
         if self._kind == "folder":
             return _walk(Path(self.name))

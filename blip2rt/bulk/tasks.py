@@ -225,6 +225,22 @@ def open_task(settings: TaskSettings, pipe: Pipeline) -> Task:
     return kind(settings, pipe)
 
 
+def answer(task: Task, features: list[ImageFeatures], texts: list[Any], is_one_for_all: bool) -> list[Row | str]:
+    """Rows of pictures; instead of one that there is not, why there is none.
+
+    Raises:
+        InputError: the text of all pictures is refused. One that came with its picture is that picture's error.
+    """
+    try:
+        return task.rows(features, texts)
+    except InputError as error:
+        if is_one_for_all:
+            raise
+        if len(features) == 1:
+            return [str(error)]
+    return [row for one in zip(features, texts, strict=True) for row in answer(task, [one[0]], [one[1]], False)]
+
+
 def text_for_all(settings: TaskSettings, column: str | None) -> tuple[TaskSettings, str | None]:
     """The settings, perhaps with the default prompt, and the column that holds a text for each picture.
 
