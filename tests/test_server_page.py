@@ -65,8 +65,7 @@ def pipe(bundled_engines: Path) -> Pipeline:
 def browser() -> Iterator[Any]:
     if not (CHROMIUM / "chromium").exists():
         pytest.skip(f"there is no Chromium: python tests/get_chromium.py {CHROMIUM}")
-    environment: dict[str, Any] = {
-        **os.environ,
+    own: dict[str, Any] = {
         "LD_LIBRARY_PATH": str(CHROMIUM / "lib"),
         "FONTCONFIG_PATH": str(CHROMIUM),
     }
