@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test lint format bench wheels docs clean
 .NOTPARALLEL:
 
 demo: .venv/export.stamp
@@ -32,6 +32,11 @@ format: .venv/dev.stamp
 # The quick suite: ratios against transformers in the same run. benchmarks/README.md lists the long ones.
 bench: .venv/dev.stamp
 	$(BIN)/pytest benchmarks
+
+# The wheels, native and pure, each in an environment of its own, with the captioner of `make demo`.
+wheels: .venv/export.stamp
+	$(BIN)/blip2rt export --precision int8 --output build/engines/captioner-int8 --force
+	$(BIN)/python .ci/try_wheels.py engines/captioner-fp32-cpu build/engines/captioner-int8
 
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict

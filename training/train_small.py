@@ -2,11 +2,11 @@
 
     python training/train_small.py --output runs/small
 
-    sprites -> texts -> vision, language -> stage1 -> stage2 -> captioner -> engines -> tables, card
-                                              └─> retriever ────────────────────┘
+    sprites -> texts -> vision, language -> stage1 -> stage2 -> captions -> captioner -> engines -> tables, card
+                                              └─> retriever ────────────────────────────────┘
 
 Everything is made in OUTPUT by a program of its own, and what is there already is left alone: the same command goes on
-where it was stopped. On two CPU cores it takes about three hours; `--part` shortens every training.
+where it was stopped. On two CPU cores it takes about four hours; `--part` shortens every training.
 """
 
 import argparse
@@ -30,7 +30,8 @@ STAGES = {  # folder of OUTPUT -> recipe
     "language": "small-language",
     "stage1": "small-stage1",
     "stage2": "small-stage2",
-    "captioner": "small-caption",
+    "captions": "small-caption",
+    "captioner": "small-caption-more",
     "retriever": "small-retrieval",
 }
 BUNDLED = ("captioner", "retriever")

@@ -229,7 +229,10 @@ async function search(event) {
 }
 
 const drop = $("drop");
-$("file").addEventListener("change", (event) => take(event.target.files[0]));
+$("file").addEventListener("change", (event) => {
+  take(event.target.files[0]);
+  event.target.value = ""; // so that the same picture may be chosen again, after an error for example
+});
 for (const name of ["dragenter", "dragover"]) {
   document.addEventListener(name, (event) => {
     event.preventDefault();
