@@ -30,6 +30,7 @@ from blip2rt.progress import Progress
 from blip2rt.training.batches import Batches, PictureReader, to_device
 from blip2rt.training.build import Built, build
 from blip2rt.training.features import cached_reader
+from blip2rt.training.precision import fast_precision
 from blip2rt.training.recipe import Recipe, read_recipe
 from blip2rt.training.schedule import build_optimizers, clip, learning_rate, set_rate
 from blip2rt.training.state import RunFolder, collect, restore
@@ -60,6 +61,8 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it only makes what is wrong show, and costs time
     accelerator = start_processes(recipe, on_cpu)
+    if run.precision == "bf16" and fast_precision(accelerator.device) != "bf16":
+        say(accelerator, "warning: this device has no bf16 instructions; run.precision=fp32 is many times faster here")
     if accelerator.device.type == "cpu":  # its fused attention takes four times as long backwards in bf16
         torch.backends.cuda.enable_flash_sdp(False)
     folder = RunFolder(recipe, accelerator.num_processes)

@@ -18,7 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
 
+import torch
+
 from blip2rt import Blip2rtError, InputError
+from blip2rt.training.precision import fast_precision
 from blip2rt.training.recipe import read_recipe
 
 HERE = Path(__file__).parent
@@ -51,6 +54,7 @@ class Chain:
 
     def __init__(self, output: Path, sprites: Path, part: float, processes: int):
         self.output, self.sprites, self._part, self._processes = output, sprites, part, processes
+        self._precision = fast_precision(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         known = read_recipe(RECIPES / "small-vision.toml").data[0].styles
         self.styles = [style for style in known if (sprites / style).is_dir()] or sorted(
             path.name for path in sprites.iterdir() if path.is_dir()
@@ -127,7 +131,7 @@ class Chain:
         """What replaces values of the recipe: the folders of this chain, and shorter runs."""
         recipe = read_recipe(recipe_file)
         steps, batch = self.scaled(recipe.run.steps), max(2, recipe.run.batch_size // self._processes)
-        settings = [f"run.steps={steps}", f"run.batch_size={batch}"]
+        settings = [f"run.steps={steps}", f"run.batch_size={batch}", f"run.precision={self._precision}"]
         settings += [f"optimizer.warmup_steps={min(recipe.optimizer.warmup_steps, steps // 2)}"]
         settings += [f"run.log_every={min(recipe.run.log_every, max(1, steps // 10))}"]
         for i, data in enumerate(recipe.data):
@@ -155,6 +159,7 @@ class Chain:
             "seed": read_recipe(recipe_file).seed,
             "commit": commit(),
             "processes": self._processes,
+            "precision": self._precision,
             "minutes": round((perf_counter() - start) / 60, 1),
             "minutes are of": "the last sitting" if is_resumed else "all steps",
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),

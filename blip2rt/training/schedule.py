@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
+from .muon import Muon
 from .recipe import OptimizerRecipe
 
 BLOCK = re.compile(r"vision\.blocks\.(\d+)\.")
@@ -38,8 +39,8 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], recipe: Optimize
     optimizers: list[Optimizer] = []
     if adamw:
         optimizers.append(AdamW(adamw, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1])))
-    if muon:  # rates of AdamW fit it: match_rms_adamw gives its steps the same size
-        optimizers.append(Muon(muon, lr=recipe.learning_rate, adjust_lr_fn="match_rms_adamw"))
+    if muon:  # rates of AdamW fit it
+        optimizers.append(Muon(muon, lr=recipe.learning_rate))
     return optimizers
 
 

@@ -1,0 +1,81 @@
+"""Muon: against torch's own, and in two processes as in one."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from blip2rt.training.muon import Muon, orthogonal
+
+SIZES = st.integers(1, 24)
+SHAPES = [(8, 8), (8, 20), (30, 8), (1, 5), (16, 16)]
+
+
+def trained(steps: int = 4, kind: Callable[..., torch.optim.Optimizer] = Muon, **options: Any) -> list[Tensor]:
+    """Matrices after some steps, the third one without a gradient in the first."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+    groups = [
+        {"params": matrices[:2], "weight_decay": 0.3},
+        {"params": matrices[2:], "weight_decay": 0.0, "lr": 0.003},
+    ]
+    optimizer = kind(groups, lr=0.02, **options)
+    for step in range(steps):
+        for i, matrix in enumerate(matrices):
+            gradient = torch.randn(matrix.shape, generator=generator)
+            matrix.grad = None if (step, i) == (0, 2) else gradient
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices]
+
+
+def test_steps_are_those_of_torch() -> None:
+    """It rounds to bfloat16 in the iteration, and this one does not."""
+    expected = trained(kind=torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+    for ours, theirs, start in zip(trained(), expected, trained(steps=0), strict=True):
+        assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
+
+
+@given(rows=SIZES, columns=SIZES, scale=st.sampled_from([1e-6, 1.0, 1e6]), seed=st.integers(0, 99))
+def test_directions_keep_singular_vectors(rows: int, columns: int, scale: float, seed: int) -> None:
+    """The float64 twin: every singular value through the polynomial five times, its vectors untouched."""
+    matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * scale
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    assert (orthogonal(matrix) - (u * s) @ v).abs().max() < 1e-3
+
+
+PROCESS = """
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+import torch, torch.distributed as dist
+store, rank, file, output = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+spec = spec_from_file_location("muon_test", file)
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.save(module.trained(), f"{output}.{rank}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_share_the_work(tmp_path: Path) -> None:
+    """Each has half of the matrices to make orthogonal, and both end with the bits of one alone."""
+    output = tmp_path / "matrices"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / "store"), str(rank), __file__, str(output)])
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    expected = trained()
+    for rank in range(2):
+        found = torch.load(f"{output}.{rank}", weights_only=True)
+        assert all(torch.equal(ours, alone) for ours, alone in zip(found, expected, strict=True))
