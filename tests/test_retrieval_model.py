@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from blip2rt.model import Blip2, Blip2Config, Blip2Retrieval, CheckpointSource, 
 from blip2rt.model.config import OPTConfig, QFormerConfig, RetrievalConfig, VisionConfig
 from blip2rt.model.retrieval import stored_name
 from blip2rt.stages import MASKED
+from blip2rt.training.tasks import Contrastive, drop_out
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
 LAVIS, MMPRETRAIN = FIXTURES / "lavis" / "lavis", FIXTURES / "mmpretrain"
@@ -60,6 +62,37 @@ def test_equals_transformers(seed: int, tmp_path: Path, retrieval_checkpoint_mak
     queries, logits = ours.itm(image_embeds, ids, mask)
     assert_exact(logits.mean(1), itm.logits_per_image)
     assert_exact(queries, itm.text_model_output.last_hidden_state[:, : config.num_query_tokens])
+
+
+def test_dropout_is_where_transformers_has_it(
+    tmp_path: Path, retrieval_checkpoint_maker: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every place of it, told by a twin of dropout that scales instead of drawing."""
+
+    def scaled(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        return x * (1 - p) if training else x
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        mask = options["attn_mask"]
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        return scaled(weights, options["dropout_p"]) @ value
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", scaled)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    directory = retrieval_checkpoint_maker(tmp_path)
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    theirs.train()
+    assert theirs.config.qformer_config.hidden_dropout_prob == 0.1
+    task = Contrastive(load_retrieval(directory).double(), decode_id=1)
+    drop_out(task, 0.1)
+    size = task.model.config.vision.image_size
+    pictures, ids = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(0, 9, (2, 5))
+    ours: Any = task.model
+    found = ours.itm(ours.vision(pictures), ids, text_mask([5, 5]))[1].mean(1)
+    given = (pictures, ids, torch.ones_like(ids))
+    assert_exact(found, theirs(*given, use_image_text_matching_head=True).logits_per_image)
+    assert (found - theirs.eval()(*given, use_image_text_matching_head=True).logits_per_image).abs().max() > 1e-4
 
 
 def test_a_checkpoint_is_of_one_kind(

@@ -55,7 +55,7 @@ def test_replicas_answer_as_the_pipeline(url: str, tiny_engine: Path) -> None:
         replicas = serve.status().applications["default"].deployments["blip2rt"].replica_states
         assert list(replicas.values()) == [2], replicas
         refused = client.post("/caption", files={"image": b"no picture"})
-        assert (refused.status_code, list(refused.json()["error"])[0]) == (400, "message"), refused.text
+        assert (refused.status_code, next(iter(refused.json()["error"]))) == (400, "message"), refused.text
         model = client.get("/v1/models").json()["data"][0]["id"]
         content = [{"type": "image_url", "image_url": {"url": data_url(pictures[0])}}]
         body = {"model": model, "messages": [{"role": "user", "content": content}], "stream": True, "max_tokens": 5}

@@ -134,6 +134,7 @@ def train(
             "optimizer.warmup_steps=10",
             "optimizer.weight_decay=0.0",
             "images.augment=false",
+            "model.qformer_dropout=0.0",
             f"run.steps={steps}",
             f"run.batch_size={EXAMPLES}",
             "run.workers=0",

@@ -46,6 +46,7 @@ WRONG = {
     "cached augmentation": (["images.cache=x"], "images.cache needs images.augment = false"),
     "cached, but learning": (["images={augment=false, cache='x'}", "model.train=['vision']"], "frozen image encoder"),
     "no weight": (["data.1.weight=0.0"], "data.weight is 0.0, and must be above 0"),
+    "dropout": (["model.qformer_dropout=1.0"], "qformer_dropout is 1.0, and must be below 1"),
     "lora": (["model.lora_rank=4"], "model.lora_rank is for a language model"),
     "one picture": (["run.batch_size=1"], "leaves the stage stage1 no other picture"),
     "no data": (["data=[]"], "there is no ..data.."),

@@ -100,6 +100,7 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
             seed = hash((recipe.seed, step, part, accelerator.process_index)) % (1 << 63)
             is_last = part == run.accumulate - 1
             with nullcontext() if is_last else accelerator.no_sync(module):
+                torch.manual_seed(seed)  # what is dropped out
                 with accelerator.autocast():
                     losses = module(to_device(batch.batch, accelerator.device), seed)
                 for name, loss in losses.items():

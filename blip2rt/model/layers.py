@@ -29,12 +29,20 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.unflatten(2, (num_heads, x.shape[2] // num_heads)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """Softmax attention of heads [B, H, S, d] over [B, H, C, d], joined to [B, S, H*d].
 
-    `mask` [B, 1 or H, S, C] is added to the scores; `scale` multiplies them, None: 1 / sqrt(d).
+    `mask` [B, 1 or H, S, C] is added to the scores; `scale` multiplies them, None: 1 / sqrt(d); of the weights a
+    share `dropout` is left out.
     """
-    joined = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    joined = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale)
     return joined.transpose(1, 2).flatten(2)
 
 

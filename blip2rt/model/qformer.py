@@ -16,6 +16,8 @@ from .layers import activation, attend, split_heads
 class SelfAttention(nn.Module):
     """BERT's self-attention: post-norm, with its residual."""
 
+    dropout = 0.0  # of attention weights: what a training sets
+
     def __init__(self, config: QFormerConfig):
         super().__init__()
         width = config.hidden_size
@@ -29,11 +31,13 @@ class SelfAttention(nn.Module):
         if mask is not None:
             rows = x.shape[1]
             mask = F.pad(mask, (rows - mask.shape[3], 0)).expand(-1, -1, rows, -1)  # [B, 1, Q+L, Q+L]
-        return self.norm(x + self.proj(attend(query, key, value, mask)))
+        return self.norm(x + self.proj(attend(query, key, value, mask, dropout=self.dropout)))
 
 
 class CrossAttention(nn.Module):
     """The queries look at the picture."""
+
+    dropout = 0.0
 
     def __init__(self, config: QFormerConfig, vision_width: int):
         super().__init__()
@@ -47,7 +51,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, image_embeds: Tensor) -> Tensor:
         query = split_heads(self.query(x), self.num_heads)  # [B, H, Q, d]
         key, value = (split_heads(part, self.num_heads) for part in self.kv(image_embeds).chunk(2, dim=-1))
-        return self.norm(x + self.proj(attend(query, key, value)))
+        return self.norm(x + self.proj(attend(query, key, value, dropout=self.dropout)))
 
 
 class FeedForward(nn.Module):

@@ -28,7 +28,17 @@ from .lora import add_adapters
 from .recipe import CONTRASTIVE, GENERATIVE, Recipe
 from .saving import language_model_config, write_checkpoint
 from .streams import open_scenes
-from .tasks import Contrastive, Generative, Language, Task, Vision, checkpoint_activations, freeze, hold_key_biases
+from .tasks import (
+    Contrastive,
+    Generative,
+    Language,
+    Task,
+    Vision,
+    checkpoint_activations,
+    drop_out,
+    freeze,
+    hold_key_biases,
+)
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
 from .weights import fill, is_tied, open_start
 
@@ -88,6 +98,8 @@ def build(recipe: Recipe) -> Built:
         )
     if recipe.model.lora_rank:
         add_adapters(task.model, recipe.model.lora_rank, recipe.model.lora_alpha, recipe.seed)
+    if recipe.model.qformer_dropout:
+        drop_out(task, recipe.model.qformer_dropout)
     if recipe.run.checkpoint_activations:
         checkpoint_activations(task)
     image = None

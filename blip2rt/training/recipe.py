@@ -49,6 +49,8 @@ class ModelRecipe:
         lora_rank: above 0: low-rank adapters beside every linear layer of the language model, merged at saving.
         lora_alpha: scale of the adapters, over their rank.
         question_conditioned: the Q-Former reads the question too (paper, section 4.3).
+        qformer_dropout: share of the Q-Former's embeddings, attention weights and layers' outputs that is left out;
+            LAVIS trains with BERT's 0.1.
     """
 
     start: str = ""
@@ -64,6 +66,7 @@ class ModelRecipe:
     lora_rank: int = 0
     lora_alpha: float = 16.0
     question_conditioned: bool = False
+    qformer_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,10 @@ def contradictions(recipe: Recipe) -> list[str]:
         found.append(
             f"optimizer.warmup_steps {recipe.optimizer.warmup_steps} leaves nothing of run.steps {recipe.run.steps}"
         )
+    if model.qformer_dropout >= 1:
+        found.append(f"model.qformer_dropout is {model.qformer_dropout}, and must be below 1")
+    if model.qformer_dropout and stage not in (*CONTRASTIVE, *GENERATIVE):
+        found.append(f"model.qformer_dropout is {model.qformer_dropout}, and the stage {stage} has no Q-Former")
     if not 0 < recipe.images.min_scale <= 1:
         found.append(f"images.min_scale is {recipe.images.min_scale}, not a share of the picture above 0")
     if not (model.start or model.config):

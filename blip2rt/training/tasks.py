@@ -22,6 +22,7 @@ from ..model.objectives import (
     t5_loss,
 )
 from ..model.opt import OPT
+from ..model.qformer import CrossAttention, FeedForward, QFormerEmbedding, SelfAttention
 from ..model.vision import VisionEncoder
 from .texts import Batch
 
@@ -164,6 +165,22 @@ def _without_keys(gradient: Tensor) -> Tensor:
 
 def _is_below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix.removesuffix('.')}.")
+
+
+def drop_out(task: Task, share: float) -> None:
+    """Leave out a share of the Q-Former's embeddings, attention weights and layers' outputs, as BERT's training does."""
+
+    def dropped(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return F.dropout(output, share)
+
+    for module in task.model.modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.dropout = share
+            module.proj.register_forward_hook(dropped)
+        elif isinstance(module, FeedForward):
+            module.fc2.register_forward_hook(dropped)
+        elif isinstance(module, QFormerEmbedding):
+            module.register_forward_hook(dropped)
 
 
 def checkpoint_activations(task: Task) -> None:
