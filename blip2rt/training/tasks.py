@@ -168,7 +168,7 @@ def _is_below(name: str, prefix: str) -> bool:
 
 
 def drop_out(task: Task, share: float) -> None:
-    """Leave out a share of the Q-Former's embeddings, attention weights and layers' outputs, as BERT's training does."""
+    """Leave out a share of the Q-Former's embeddings, attention weights and layers' outputs, as BERT's training."""
 
     def dropped(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return F.dropout(output, share)
