@@ -247,7 +247,7 @@ def test_retrieval(train: Train, stage1: Path, data: Path) -> None:
         "optimizer.warmup_steps=1",
         "run.log_every=1",
         steps=5,
-        rate=1e-4,
+        rate=1e-5,  # at its optimum Adam makes whole steps of rounding noise
     )
     row = json.loads((run / "log.jsonl").read_text().splitlines()[0])
     assert row["itg"] < floor(64, 0.1) + 0.1
