@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach python,python3.11 python3.12 python3.13 python3.
 	$(python) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(python))))
 BIN := .venv/bin
 
-.PHONY: demo test lint format bench wheels docs clean
+.PHONY: demo test lint format bench wheels sanitize docs clean
 .NOTPARALLEL:
 
 demo: .venv/export.stamp
@@ -37,6 +37,10 @@ bench: .venv/dev.stamp
 wheels: .venv/export.stamp
 	$(BIN)/blip2rt export --precision int8 --output build/engines/captioner-int8 --force
 	$(BIN)/python .ci/try_wheels.py engines/captioner-fp32-cpu build/engines/captioner-int8
+
+# The native kernels under sanitizers and valgrind.
+sanitize: .venv/dev.stamp
+	$(BIN)/python .ci/check_kernels.py
 
 docs: .venv/dev.stamp
 	$(BIN)/mkdocs build --strict

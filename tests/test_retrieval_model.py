@@ -86,9 +86,9 @@ def test_dropout_is_where_transformers_has_it(
     assert theirs.config.qformer_config.hidden_dropout_prob == 0.1
     task = Contrastive(load_retrieval(directory).double(), decode_id=1)
     drop_out(task, 0.1)
-    size = task.model.config.vision.image_size
-    pictures, ids = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(0, 9, (2, 5))
     ours: Any = task.model
+    size = ours.config.vision.image_size
+    pictures, ids = torch.randn(2, 3, size, size, dtype=torch.float64), torch.randint(0, 9, (2, 5))
     found = ours.itm(ours.vision(pictures), ids, text_mask([5, 5]))[1].mean(1)
     given = (pictures, ids, torch.ones_like(ids))
     assert_exact(found, theirs(*given, use_image_text_matching_head=True).logits_per_image)
