@@ -81,8 +81,9 @@ def test_dropout_is_where_transformers_has_it(
     monkeypatch.setattr(torch.nn.functional, "dropout", scaled)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     directory = retrieval_checkpoint_maker(tmp_path)
-    theirs = Blip2ForImageTextRetrieval.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
-    theirs.train()
+    theirs: Any = Blip2ForImageTextRetrieval.from_pretrained(
+        directory, dtype=torch.float64, attn_implementation="eager"
+    ).train()
     assert theirs.config.qformer_config.hidden_dropout_prob == 0.1
     task = Contrastive(load_retrieval(directory).double(), decode_id=1)
     drop_out(task, 0.1)
