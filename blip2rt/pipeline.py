@@ -22,6 +22,7 @@ from .errors import EngineError, InputError
 from .generative import GenerativeEngine, Kind, Prompt
 from .inputs import BATCH_SIZE, as_list, in_batches, is_list
 from .manifest import GENERATIVE, RETRIEVAL
+from .memory import check_memory
 from .options import GenerationOptions, ResolvedOptions, resolve_options
 from .prefixes import checked_prefixes, without_prefix
 from .preprocess import ImageSource, preprocess
@@ -72,6 +73,7 @@ class Pipeline:
         self.threads = threads
         engines = find_engines(path, name)
         manifests = {kind: checked_manifest(directory, device) for kind, directory in engines.items()}
+        check_memory(path, sum(entry.size for manifest in manifests.values() for entry in manifest.files.values()))
         self._retrieval = (
             RetrievalEngine(engines[RETRIEVAL], manifests[RETRIEVAL], threads) if RETRIEVAL in engines else None
         )

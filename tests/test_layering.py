@@ -19,7 +19,7 @@ PROGRAMS = sorted(
 # A part (a module, or a folder as a whole) imports only parts of the layers before its own.
 RUNTIME_LAYERS = (
     {"__init__", "errors", "stages", "results", "progress", "trace", "bundled", "cli_output"},
-    {"manifest", "native", "options", "prefixes", "qformer_texts", "evaluation", "gallery_store", "data"},
+    {"manifest", "native", "options", "prefixes", "qformer_texts", "evaluation", "gallery_store", "data", "memory"},
     {"engine_directory", "backends", "gallery_scan"},
     {"preprocess", "tokenizer", "search", "decoder"},
     {"inputs", "retrieval"},
