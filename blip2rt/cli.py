@@ -69,7 +69,7 @@ def export(arguments: argparse.Namespace) -> int:
         from .export import export_engine
 
     engine = export_engine(
-        _source(arguments, arguments.model or CHECKPOINT),
+        _source(arguments, CHECKPOINT if arguments.model is None else arguments.model),
         arguments.output,
         precision=arguments.precision,
         device=arguments.device,

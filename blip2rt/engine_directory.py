@@ -52,6 +52,8 @@ def find_engines(path: str | PathLike[str], name: str | None = None) -> dict[str
     Raises:
         EngineError: none there, or several of a kind; it lists what there is, or says how to build one.
     """
+    if not isinstance(path, str | PathLike) or path == "":
+        raise InputError(f"an engine is the path of a folder, not {path!r}")
     path = Path(path)
     if not os.path.exists(path):  # where Path.exists raises, this is False: no permission, a name too long
         raise EngineError(f"there is no {path}: {BUILD_ONE}")

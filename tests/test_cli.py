@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import Blip2ForConditionalGeneration
 
-from blip2rt import Caption, Generation, GenerationOptions, Pipeline, __version__, bundled, cli
+from blip2rt import Caption, Generation, GenerationOptions, InputError, Pipeline, __version__, bundled, cli
 from blip2rt.cli import main
 
 REPOSITORY = Path(__file__).parents[1]
@@ -304,3 +304,11 @@ def test_export_without_its_packages(home: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=home, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == "blip2rt: this needs the package torch: pip install 'blip2rt[export]'\n"
+
+
+def test_an_empty_name_is_no_default(run: Shell) -> None:
+    """An unset variable of a shell: neither the bundled model nor the folder one is in."""
+    assert "no directory or file is named, for --model" in run("export", "--model", "", status=1)[1]
+    assert "an engine is the path of a folder, not ''" in run("caption", *IMAGES, "--engine", "", status=2)[1]
+    with pytest.raises(InputError, match="not None"):
+        Pipeline(None)  # type: ignore[arg-type]

@@ -183,6 +183,8 @@ def find_directory(source: str | Path, option: str = "--model", *, with_weights:
         CheckpointError: neither a directory nor an id that the hub can serve from here.
     """
     path = Path(source)
+    if source == "":  # Path takes it for the folder one is in
+        raise CheckpointError(f"no directory or file is named, for {option}: it is empty")
     if path.is_dir():
         return path.resolve()
     if path.exists():
