@@ -199,6 +199,13 @@ def test_notes_say_what_differs(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert note == "vision.hidden_act is quick_gelu, and lavis's code has gelu"
 
 
+def test_a_note_about_questions(tmp_path: Path, asking_checkpoint_maker: Callable[..., Path]) -> None:
+    """Other codes would load the weights of a fine-tuning for VQA, and leave the question out."""
+    directory = asking_checkpoint_maker(tmp_path / "asking")
+    (note,) = convert_checkpoint(directory, tmp_path / "again", "transformers")
+    assert "reads the question beside its queries, and transformers's code gives it none" in note
+
+
 def test_refusals(source: Path, tmp_path: Path) -> None:
     """One error, and nothing written."""
     before = sorted(tmp_path.iterdir())

@@ -196,6 +196,11 @@ def _differences(checkpoint: Checkpoint, to: str) -> list[str]:
             f"{blocks - checkpoint.contents.unused_blocks} and {to} {blocks - theirs}: outputs differ "
             "(`blip2rt export --vision-layers` chooses)"
         )
+    if checkpoint.config.qformer.use_qformer_text_input and not isinstance(checkpoint.config, RetrievalConfig):
+        found.append(
+            f"the Q-Former reads the question beside its queries, and {to}'s code gives it none: its answers are those "
+            "of a model that sees without knowing what is asked"
+        )
     if to != TRANSFORMERS:
         for name, fixed in FIXED.items():
             part, field = name.split(".")
