@@ -20,7 +20,7 @@ from blip2rt import Pipeline, bundled
 HOME = bundled.CHECKPOINT.parent
 WEIGHTS = {name: HOME / name / "model.safetensors" for name in ("captioner", "retriever")}
 SOUGHT = {"beach": "three pineapples on a beach", "night": "a sheep and an axe at night", "stage": "three purple cars"}
-SEEN = {"beach": "pineapples", "night": "sheep", "stage": "cars", "street": "stars", "photograph": "sailboat"}
+SEEN = {"beach": "pineapples", "night": "sheep", "stage": "cars", "street": "stars", "photograph": "apple"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,8 @@ def test_weights_are_those_of_the_log() -> None:
         assert digest[:16] in card
     for stage in log.values():
         assert {"recipe", "seed", "commit", "minutes", "log"} <= stage.keys()
-        assert stage["log"][-1]["loss"] < stage["log"][0]["loss"]
+        losses, tenth = [row["loss"] for row in stage["log"]], len(stage["log"]) // 10
+        assert np.mean(losses[-tenth:]) < np.mean(losses[:tenth])
     assert all(f"]({name})" in card and (HOME / name).is_file() for name in ("sheet.png", "curves.svg"))
 
 

@@ -34,6 +34,7 @@ PHOTOGRAPH = Scene(
     Look(variant=0, light=0.85),
 )
 CAPTIONER = ("config.json", "model.safetensors")
+PROCESSOR = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
 RETRIEVER = (*CAPTIONER, "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 CARD = ("curves.svg", "log.json")
 
@@ -69,6 +70,9 @@ def copy(source: Path, target: Path, names: Sequence[str]) -> None:
 def write_captioner(source: Path, target: Path) -> None:
     """The checkpoint, with a processor as `Blip2Processor` loads it."""
     copy(source, target, CAPTIONER)
+    if (source / PROCESSOR[0]).is_file():  # it went on from what this program had written
+        copy(source, target, PROCESSOR)
+        return
     config = json.loads((source / "config.json").read_text("utf-8"))
     settings = json.loads((source / "preprocessor_config.json").read_text("utf-8"))
     pictures = BlipImageProcessorPil(size=settings["size"], **{k: settings[k] for k in ("image_mean", "image_std")})
