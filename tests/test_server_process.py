@@ -84,6 +84,13 @@ def read_all(connection: socket.socket) -> bytes:
     return found
 
 
+def test_answers_leave_at_once(process: Process) -> None:
+    """Nagle's algorithm would hold the body of every answer back for 40 ms, until the head is acknowledged."""
+    with httpx.Client(base_url=process.url) as client:
+        seconds = [client.get("/v2/health/live").elapsed.total_seconds() for _ in range(20)]
+    assert min(seconds[1:]) < 0.02
+
+
 def test_slow_and_giant_requests(process: Process) -> None:
     """Slow heads and bodies are cut off, giant heads refused, liars refused; others are served meanwhile."""
     head = b"POST /caption HTTP/1.1\r\nHost: x\r\n"
