@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,8 @@ def bulk(arguments: argparse.Namespace) -> int:
             from .bulk.on_ray import run_on_ray
 
         on = (arguments.engine, arguments.name, arguments.threads, arguments.actors)
-        report = run_on_ray(job, arguments.output, *on)
+        with redirect_stdout(sys.stderr):  # where Ray may say what it likes, and no row is read
+            report = run_on_ray(job, arguments.output, *on)
     else:
         with _extra("parquet"):
             report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)

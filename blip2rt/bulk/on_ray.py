@@ -84,9 +84,8 @@ def run_on_ray(
     engine, threads = Path(engine).absolute(), threads or 1
     plan = make_plan(job, chosen, lambda: Pipeline(engine, name=name, threads=threads))
     start = monotonic()
-    ray.init(ignore_reinit_error=True, logging_level="warning", log_to_driver=False)
     state = _State(output)
-    with _telling(state.output), _locked(state.output):
+    with _connected(), _telling(state.output), _locked(state.output):
         state.begin(plan.settings, job.force)
         skipped = state.num_done()
         sink = PartSink(state.output, None if chosen == "jsonl" else plan.columns)
@@ -108,6 +107,19 @@ def run_on_ray(
     if not sink.answered + sink.failed + skipped:
         raise InputError(f"there are no pictures in {job.source}")
     return BulkReport(sink.answered, sink.failed, skipped, 0, monotonic() - start)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """To a cluster: the caller's connection, or one of our own that ends with the block."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(logging_level="warning", log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 class ItemSource(Datasource):  # type: ignore[misc]
