@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 from fastapi import FastAPI
 from ray import serve
 
+from ..engine_directory import checked_manifest, find_engines
 from ..errors import InputError
-from ..pipeline import Pipeline
 from .app import create_app
 from .engines import Engines
 from .metrics import Metrics
@@ -41,7 +41,8 @@ def application(arguments: Mapping[str, object]) -> serve.Application:
     if threads < 1 or (replicas != "auto" and replicas < 1):
         raise InputError(f"threads={threads} and replicas={replicas} must be at least 1")
     settings = _settings(given)
-    Pipeline(engine, name=name, threads=threads)  # what is wrong with it is said here, and not on every machine
+    for directory in find_engines(engine, name).values():  # what is wrong is said here, and not on every machine
+        checked_manifest(directory, None)
 
     def build() -> FastAPI:
         metrics = Metrics()

@@ -39,7 +39,10 @@ class Muon(Optimizer):
         learning = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         directions = []
         for parameter, group in learning:
-            average = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            average = state["momentum_buffer"]
             average.lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(parameter.grad.lerp(average, group["momentum"]))
         for (parameter, group), direction in zip(learning, shared_orthogonal(directions), strict=True):
