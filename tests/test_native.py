@@ -58,8 +58,8 @@ def problem(seed: int, rows: int, depth: int, outputs: int, bits: int) -> tuple[
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 700), st.integers(1, 90), st.sampled_from([4, 8]))
-@example(0, 131, 1027, 33, 4)  # more rows than go together
-@example(0, 131, 1027, 33, 8)
+@example(0, 275, 1027, 33, 4)  # more rows than go together
+@example(0, 275, 1027, 33, 8)
 @example(0, 1, 128, 16, 4)
 def test_kernel_equals_twin(path: str, seed: int, rows: int, depth: int, outputs: int, bits: int) -> None:
     """Catches a saturating sum, a fused multiplication and addition, another order, a tile or group cut short."""

@@ -21,7 +21,7 @@ namespace blip2rt {
 
 constexpr std::size_t kGroup = 128;
 constexpr std::size_t kTile = 16;
-constexpr std::size_t kRowsAtOnce = 128;  // rows for which a tile is unpacked once
+constexpr std::size_t kRowsAtOnce = 272;  // rows for which a tile is read once: a picture has 257 in ViT-g
 
 struct Weight {
     const std::uint8_t* packed;
