@@ -22,11 +22,14 @@ kernel("portable", x, packed[:-1].copy(), scales, bias, bits)
 UNDER_VALGRIND = """
 import sys; sys.path.insert(0, "tests")
 import numpy as np
-from test_native import kernel, problem, twin
+from test_native import attention_kernel, attention_problem, kernel, problem, twin
 for path in ("avx2", "portable"):
     for rows, depth, outputs, bits in ((1, 128, 16, 4), (9, 300, 40, 8), (37, 257, 33, 4)):
         inputs = problem(rows, rows, depth, outputs, bits)
         np.testing.assert_array_equal(kernel(path, *inputs), twin.quantized_matmul(*inputs))
+    for rows, width, capacity in ((1, 16, 1), (5, 20, 30), (19, 7, 40)):
+        inputs = attention_problem(rows, 2, rows, 3, width, capacity, 1)
+        np.testing.assert_array_equal(attention_kernel(path, inputs, 0.5)[0], twin.cached_attention(0.5, *inputs)[0])
 """
 
 

@@ -90,6 +90,73 @@ def test_packing_keeps_every_weight(seed: int, depth: int, outputs: int, bits: i
     np.testing.assert_array_equal(twin.unpack_weight(packed, outputs, depth, bits), values)
 
 
+def attention_problem(
+    seed: int, images: int, rows: int, heads: int, width: int, capacity: int, mask_heads: int
+) -> tuple[Array, ...]:
+    """qkv, caches, mask and write indices: rows that see anything from nothing to everything, and biases as T5 has."""
+    rng = np.random.default_rng(seed)
+    qkv = 3 * rng.standard_normal((images, rows, 3 * heads * width), dtype=np.float32)
+    key, value = rng.standard_normal((2, images, heads, capacity, width), dtype=np.float32)
+    mask = 5 * rng.standard_normal((images, mask_heads, rows, capacity), dtype=np.float32)
+    mask[rng.random(mask.shape) < rng.random()] = np.finfo(np.float32).min
+    mask[:, :, :, rng.random(capacity) < 0.3] = np.finfo(np.float32).min
+    mask[:, :, rng.random(rows) < 0.1] = np.finfo(np.float32).min
+    return qkv, key, value, mask, rng.integers(0, capacity - rows + 1, images)
+
+
+def attention_kernel(path: str, inputs: tuple[Array, ...], scale: float) -> tuple[Array, Array, Array]:
+    """The library's attention, without ONNX Runtime."""
+    library = ctypes.CDLL(str(library_path()))
+    qkv, key, value, mask, write_indices = inputs
+    images, heads, capacity, width = key.shape
+    joined, key, value = np.full((images, qkv.shape[1], heads * width), np.float32(7e7)), key.copy(), value.copy()
+    addresses = [ctypes.c_void_p(array.ctypes.data) for array in (qkv, mask, write_indices, key, value, joined)]
+    sizes = [ctypes.c_size_t(n) for n in (images, qkv.shape[1], heads, width, capacity, mask.shape[1])]
+    status = library.blip2rt_cached_attention(path.encode(), *addresses, *sizes, ctypes.c_float(scale))
+    if status == 1:
+        pytest.skip(f"this processor cannot run the {path} path")
+    assert status == 0
+    return joined, key, value
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 3),
+    st.integers(1, 20),
+    st.integers(1, 3),
+    st.integers(1, 40),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_attention_equals_twin(
+    path: str, seed: int, images: int, rows: int, heads: int, width: int, more: int, by_head: bool
+) -> None:
+    """Catches a row that is hidden and counts, lanes beyond the last row, another order, a cache written elsewhere."""
+    inputs = attention_problem(seed, images, rows, heads, width, rows + more, heads if by_head else 1)
+    expected = twin.cached_attention(width**-0.5, *inputs)
+    for found, wanted in zip(attention_kernel(path, inputs, width**-0.5), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 20), st.integers(0, 30))
+def test_attention_is_attention(seed: int, rows: int, width: int, more: int) -> None:
+    """The twin against softmax in float64, where a row sees something; its exponential against numpy's."""
+    inputs = attention_problem(seed, 2, rows, 2, width, rows + more, 1)
+    joined, key, value = twin.cached_attention(0.7, *inputs)
+    query = inputs[0].reshape(2, rows, 3, 2, width)[:, :, 0].transpose(0, 2, 1, 3).astype(np.float64)
+    scores = 0.7 * query @ key.transpose(0, 1, 3, 2) + inputs[3]
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    expected = (weights / weights.sum(axis=-1, keepdims=True)) @ value
+    sees = np.any(inputs[3] > -1e30, axis=-1)[:, 0]
+    found = joined.reshape(2, rows, 2, width)
+    np.testing.assert_allclose(found[sees], expected.transpose(0, 2, 1, 3)[sees], rtol=1e-4, atol=1e-5)
+    x = -np.abs(np.random.default_rng(seed).standard_normal(1000)).astype(np.float32) * 30
+    np.testing.assert_allclose(twin.exponential(x), np.exp(x.astype(np.float64)), rtol=3e-7, atol=2e-38)
+
+
 def operator(outputs: int, depth: int, bits: int, packed: Array, scales: Array, bias: Array) -> ort.InferenceSession:
     """A session whose graph is the operator alone."""
     x = ir.Value(name="x", shape=ir.Shape(["B", "S", None]), type=ir.TensorType(ir.DataType.FLOAT))

@@ -29,6 +29,7 @@ from blip2rt.options import ResolvedOptions
 from blip2rt.search import (
     TokenSequence,
     draw,
+    largest,
     log_softmax,
     probabilities,
     process,
@@ -379,3 +380,13 @@ def test_log_softmax(seed: int, spread: float) -> None:
     expected = torch.log_softmax(torch.from_numpy(logits).double(), 1).numpy()
     np.testing.assert_allclose(log_softmax(logits), expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(logits, before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(seeds, st.integers(1, 2000), st.integers(1, 40), st.sampled_from([3, 1000]))
+def test_largest(seed: int, count: int, size: int, levels: int) -> None:
+    """Against a stable sort of everything: blocks, what is left beside them, equal scores, tokens ruled out."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(0, levels, count).astype(np.float32)
+    scores[rng.random(count) < rng.random()] = -np.inf
+    np.testing.assert_array_equal(largest(scores, size), np.argsort(-scores, kind="stable")[:size])

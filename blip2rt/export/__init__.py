@@ -20,6 +20,7 @@ from ..model.sources import find_directory
 from ..model.weight_files import read_json
 from ..native import library_path
 from ..progress import Progress
+from .fuse_attention import fuse_attention
 from .graphs import stage_specs, trace_stage
 from .lower import lower
 from .quantize import quantize
@@ -112,6 +113,8 @@ def export_engine(
             graph = trace_stage(module, spec)
             weights = lower(graph, {name for name, _ in module.named_parameters()})
             weights = quantize(graph, stage, precision, weights, kernels)
+            if kernels == "native":
+                fuse_attention(graph.graph)
             path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
             write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
         bar.close()

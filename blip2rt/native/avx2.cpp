@@ -5,6 +5,7 @@
 // sides are 16 bits wide and vpmaddwd adds in 32.
 #include <immintrin.h>
 
+#include "attend.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -149,6 +150,6 @@ void multiply(const Weight& weight, const Rounded& x, std::size_t first_tile, st
 
 }  // namespace
 
-const Path avx2_path = {"avx2", value_bytes, round_row, multiply};
+const Path avx2_path = {"avx2", value_bytes, round_row, multiply, attend};
 
 }  // namespace blip2rt

@@ -6,7 +6,7 @@
 #include <cstring>
 #include <limits>
 
-#include "quantized_matmul.h"
+#include "path.h"
 
 namespace blip2rt {
 namespace {

@@ -20,7 +20,7 @@ struct SessionOptions;
 
 constexpr std::uint32_t kApiVersion = 17;  // the first with KernelContext_ParallelFor
 
-enum ElementType : int { kFloat = 1, kUInt8 = 2, kUInt16 = 4 };
+enum ElementType : int { kFloat = 1, kUInt8 = 2, kUInt16 = 4, kInt64 = 7 };
 
 struct Api {
     const void* const* slots;
@@ -52,6 +52,9 @@ struct Api {
     }
     Status* shape_info(const Value* value, ShapeInfo** info) const {
         return at<Status* (*)(const Value*, ShapeInfo**)>(65)(value, info);
+    }
+    Status* attribute(const KernelInfo* info, const char* name, float* number) const {
+        return at<Status* (*)(const KernelInfo*, const char*, float*)>(85)(info, name, number);
     }
     Status* attribute(const KernelInfo* info, const char* name, std::int64_t* number) const {
         return at<Status* (*)(const KernelInfo*, const char*, std::int64_t*)>(86)(info, name, number);

@@ -1,4 +1,5 @@
 // The path of processors without instructions of their own: plain C++, which compilers vectorise as they can.
+#include "attend.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -41,6 +42,6 @@ std::size_t value_bytes(int) { return sizeof(Portable::Value); }
 
 }  // namespace
 
-const Path portable_path = {"portable", value_bytes, round_row_to<Portable::Value>, multiply_tiles<Portable>};
+const Path portable_path = {"portable", value_bytes, round_row_to<Portable::Value>, multiply_tiles<Portable>, attend};
 
 }  // namespace blip2rt

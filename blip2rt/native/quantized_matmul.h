@@ -46,31 +46,4 @@ struct Rounded {
     std::size_t rows;
 };
 
-// One way to compute it, for one kind of processor.
-struct Path {
-    const char* name;
-    std::size_t (*value_bytes)(int bits);
-    void (*round_row)(const Weight& weight, const float* x, std::size_t row, const Rounded& into);
-    void (*multiply)(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y);
-};
-
-extern const Path portable_path;
-#ifdef BLIP2RT_X86
-extern const Path avx2_path;
-extern const Path vnni_path;
-#endif
-
-// The path of that name; the best one that this processor can run where it is null. Null: unknown, or not possible here.
-const Path* find_path(const char* name);
-
-// Runs `body(data, i)` for i in 0..count-1, in any order.
-struct Threads {
-    void* context;
-    bool (*run)(void* context, void (*body)(void*, std::size_t), std::size_t count, void* data);
-};
-
-// False where the threads failed. y is [rows, N].
-bool quantized_matmul(const Path& path, const Weight& weight, const float* x, std::size_t rows, float* y,
-                      const Threads& threads);
-
 }  // namespace blip2rt

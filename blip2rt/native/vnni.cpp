@@ -5,6 +5,7 @@
 // registers, and each 64 bytes of a tile are read once for all of them.
 #include <immintrin.h>
 
+#include "attend.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -91,6 +92,6 @@ std::size_t value_bytes(int) { return sizeof(std::int8_t); }
 
 }  // namespace
 
-const Path vnni_path = {"vnni", value_bytes, round_row_to<std::int8_t>, multiply};
+const Path vnni_path = {"vnni", value_bytes, round_row_to<std::int8_t>, multiply, attend};
 
 }  // namespace blip2rt

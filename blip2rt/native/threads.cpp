@@ -1,22 +1,13 @@
-// Which path runs, and how its work is shared between threads.
-#include "quantized_matmul.h"
-
-#include <cstring>
+// How the work is shared between threads.
 #include <vector>
+
+#include "path.h"
 
 namespace blip2rt {
 namespace {
 
 constexpr std::size_t kRowsOfWork = 8;   // rounded by one thread at a time
 constexpr std::size_t kTilesOfWork = 8;  // multiplied by one thread at a time
-
-bool can_run(const Path& path) {
-#ifdef BLIP2RT_X86
-    if (&path == &avx2_path) return __builtin_cpu_supports("avx2");
-    if (&path == &vnni_path) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
-#endif
-    return &path == &portable_path;
-}
 
 struct Work {
     const Path* path;
@@ -44,17 +35,6 @@ std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-const Path* find_path(const char* name) {
-#ifdef BLIP2RT_X86
-    const Path* const paths[] = {&vnni_path, &avx2_path, &portable_path};
-#else
-    const Path* const paths[] = {&portable_path};
-#endif
-    for (const Path* path : paths)
-        if (can_run(*path) && (!name || std::strcmp(name, path->name) == 0)) return path;
-    return nullptr;
-}
-
 bool quantized_matmul(const Path& path, const Weight& weight, const float* x, std::size_t rows, float* y,
                       const Threads& threads) {
     static thread_local std::vector<std::uint64_t> scratch;  // kept: a step calls this a hundred times
@@ -73,6 +53,18 @@ bool quantized_matmul(const Path& path, const Weight& weight, const float* x, st
         if (!threads.run(threads.context, multiply, divide_up(weight.tiles(), kTilesOfWork), &work)) return false;
     }
     return true;
+}
+
+bool cached_attention(const Path& path, const CachedAttention& attention, std::size_t images, const Threads& threads) {
+    struct Heads {
+        const Path* path;
+        const CachedAttention* attention;
+    } heads = {&path, &attention};
+    const auto attend = [](void* data, std::size_t image_and_head) {
+        const Heads& heads = *static_cast<const Heads*>(data);
+        heads.path->attend(*heads.attention, image_and_head);
+    };
+    return threads.run(threads.context, attend, images * attention.heads, &heads);
 }
 
 }  // namespace blip2rt
