@@ -26,7 +26,8 @@ def fuse_attention(graph: ir.Graph) -> None:
             continue
         mask, scale = attention.inputs[3], attention.attributes.get("scale")
         heads = attention.inputs[0]
-        assert heads is not None and heads.shape is not None
+        assert heads is not None
+        assert heads.shape is not None
         width = heads.shape[-1]
         assert isinstance(width, int)
         fused = ir.node(

@@ -6,8 +6,11 @@
 namespace blip2rt {
 namespace {
 
-constexpr std::size_t kRowsOfWork = 8;   // rounded by one thread at a time
-constexpr std::size_t kTilesOfWork = 8;  // multiplied by one thread at a time
+constexpr std::size_t kRowsOfWork = 8;  // rounded by one thread at a time
+
+// Tiles that are multiplied by one thread at a time: long stretches of memory for few rows, which wait for it; an even
+// share of the work for many.
+std::size_t tiles_of_work(std::size_t rows) { return rows > kRowsOfWork ? 4 : 8; }
 
 struct Work {
     const Path* path;
@@ -26,9 +29,9 @@ void round_rows(void* data, std::size_t i) {
 
 void multiply(void* data, std::size_t i) {
     const Work& work = *static_cast<const Work*>(data);
-    const std::size_t tiles = work.weight->tiles();
-    const std::size_t end = (i + 1) * kTilesOfWork < tiles ? (i + 1) * kTilesOfWork : tiles;
-    work.path->multiply(*work.weight, work.rounded, i * kTilesOfWork, end, work.y);
+    const std::size_t tiles = work.weight->tiles(), at_once = tiles_of_work(work.rounded.rows);
+    const std::size_t end = (i + 1) * at_once < tiles ? (i + 1) * at_once : tiles;
+    work.path->multiply(*work.weight, work.rounded, i * at_once, end, work.y);
 }
 
 std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
@@ -50,7 +53,7 @@ bool quantized_matmul(const Path& path, const Weight& weight, const float* x, st
             round_rows(&work, 0);
         else if (!threads.run(threads.context, round_rows, divide_up(count, kRowsOfWork), &work))
             return false;
-        if (!threads.run(threads.context, multiply, divide_up(weight.tiles(), kTilesOfWork), &work)) return false;
+        if (!threads.run(threads.context, multiply, divide_up(weight.tiles(), tiles_of_work(count)), &work)) return false;
     }
     return true;
 }

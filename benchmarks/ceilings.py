@@ -1,0 +1,116 @@
+"""What the machine can do at most, and what a stage must do at least: how far a time is from its floor.
+
+The ceilings: bytes read from memory by a loop that fetches ahead, and ONNX Runtime's product of 8-bit integers. A stage
+has to read the weights of its linear layers once, and to multiply them: its floor is the longer of the two.
+"""
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+BYTES = 2**30  # read in one go, far beyond any cache
+SIZE = 4096, 4096, 1024  # outputs, inputs and rows of the product of integers
+ROUNDS = 5
+READER = """
+#include <stddef.h>
+#include <stdint.h>
+uint64_t read_all(const uint64_t *from, size_t count) {
+    uint64_t sums[16] = {0}, sum = 0;
+    for (size_t i = 0; i < count; i += 16) {
+        __builtin_prefetch(from + i + 512);
+        __builtin_prefetch(from + i + 520);
+        for (size_t j = 0; j < 16; ++j) sums[j] ^= from[i + j];
+    }
+    for (size_t j = 0; j < 16; ++j) sum ^= sums[j];
+    return sum;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of this machine, all cores together."""
+
+    read: float  # bytes a second
+    int8: float  # operations a second, two for a multiplication and an addition
+
+    def floor(self, weights: "Weights", rows: int, lone_rows: int | None = None) -> float:
+        """Seconds that a stage needs at least for so many rows; the output layer may see fewer (`lone_rows`)."""
+        operations = 2 * (weights.inner * rows + weights.head * (rows if lone_rows is None else lone_rows))
+        return max(weights.bytes / self.read, operations / self.int8)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The linear layers of a stage."""
+
+    inner: int  # weights
+    head: int  # weights of the output layer, the last one of a decoder
+    bytes: int
+
+
+def measure() -> Ceilings:
+    """Both, measured now: some seconds."""
+    return Ceilings(read_rate(), int8_rate())
+
+
+def read_rate() -> float:
+    """Bytes a second that all cores together read from memory."""
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "reader.so"
+        command = ["cc", "-O3", "-march=native", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=READER.encode(), check=True)
+        read_all = ctypes.CDLL(str(library)).read_all
+    parts = np.array_split(np.ones(BYTES // 8, np.uint64), cores)
+    arguments = [(ctypes.c_void_p(part.ctypes.data), ctypes.c_size_t(len(part) // 16 * 16)) for part in parts]
+    with ThreadPoolExecutor(cores) as pool:  # ctypes lets go of the interpreter
+        return BYTES / fastest(lambda: list(pool.map(lambda pair: read_all(*pair), arguments)))
+
+
+def int8_rate() -> float:
+    """Operations a second of ONNX Runtime's product of unsigned by signed bytes, on all cores."""
+    outputs, depth, rows = SIZE
+    x = ir.Value(name="x", shape=ir.Shape([rows, depth]), type=ir.TensorType(ir.DataType.UINT8))
+    weight = ir.tensor(np.random.default_rng(0).integers(-127, 128, (depth, outputs)).astype(np.int8), name="weight")
+    node = ir.node("MatMulInteger", [x, ir.Value(name="weight", const_value=weight)])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[node.inputs[1]], opset_imports={"": 24})
+    model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    inputs = {"x": np.ones((rows, depth), np.uint8)}
+    return 2 * outputs * depth * rows / fastest(lambda: session.run(None, inputs))
+
+
+def linear_weights(path: Path) -> Weights:
+    """The linear layers of a stage with native kernels."""
+    sizes, total = [], 0
+    for node in ir.load(path).graph:
+        if node.op_type == "QuantizedMatMul":
+            outputs, depth, bits = (node.attributes[name].as_int() for name in ("N", "K", "bits"))
+            sizes.append(outputs * depth)
+            total += outputs * depth * bits // 8 + outputs * -(-depth // 128) * 2
+    is_decoder = path.stem == "decoder"
+    return Weights(sum(sizes[:-1] if is_decoder else sizes), sizes[-1] if is_decoder else 0, total)
+
+
+def fastest(run: Callable[[], object]) -> float:
+    """Seconds of the fastest of some runs."""
+    seconds = []
+    for _ in range(ROUNDS):
+        start = perf_counter()
+        run()
+        seconds.append(perf_counter() - start)
+    return min(seconds)
