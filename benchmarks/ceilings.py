@@ -83,9 +83,10 @@ def int8_rate() -> float:
     outputs, depth, rows = SIZE
     x = ir.Value(name="x", shape=ir.Shape([rows, depth]), type=ir.TensorType(ir.DataType.UINT8))
     weight = ir.tensor(np.random.default_rng(0).integers(-127, 128, (depth, outputs)).astype(np.int8), name="weight")
-    node = ir.node("MatMulInteger", [x, ir.Value(name="weight", const_value=weight)])
+    stored = ir.Value(name="weight", const_value=weight)
+    node = ir.node("MatMulInteger", [x, stored])
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
-    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[node.inputs[1]], opset_imports={"": 24})
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[stored], opset_imports={"": 24})
     model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
     options = ort.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))

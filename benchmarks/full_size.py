@@ -1,19 +1,22 @@
 """A BLIP-2 at full size with random weights: export, one caption, and transformers beside it.
 
     python benchmarks/full_size.py --directory SCRATCH        (30 GB of disk, 17 GB of memory, ten minutes)
-    python benchmarks/full_size.py --directory SCRATCH --precisions fp32 int8 int4      (40 GB, twenty minutes)
+    python benchmarks/full_size.py --directory SCRATCH --precisions fp32 int8 int4      (40 GB, half an hour)
 
-Every part runs in a process of its own, so that its peak memory (VmHWM) is its own. The last line on stdout is one JSON
-object, which is also written to `benchmarks/results/full-size-<model>.json`. Exit status 1 when the tokens of the fp32
-engine are not those of transformers; those of the others are counted.
+Every part runs in a process of its own, so that its peak memory (VmHWM) is its own. Engines with native kernels are
+also held against the floors of the machine (`ceilings.py`), run in batches, and under a limit of the address space. The
+last line on stdout is one JSON object, which is also written to `benchmarks/results/full-size-<model>.json`. Exit
+status 1 when the tokens of the fp32 engine are not those of transformers; those of the others are counted.
 """
 
 import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,11 +24,14 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+from ceilings import Ceilings, linear_weights, measure  # type: ignore[import-not-found]  # mypy has it with its folder
 
 from blip2rt.native import native_path
 
 RESULTS = Path(__file__).parent / "results"
-NEW_TOKENS, BEAMS, RUNS = 20, 5, 2
+NEW_TOKENS, BEAMS, RUNS = 20, 5, 3
+BATCHES = (8, 32)
+ADDRESS_SPACE = 6 * 2**30  # bytes in which an int4 engine has to run
 MODELS: dict[str, dict[str, Any]] = {
     "opt-2.7b": {
         "text": {
@@ -82,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     tokens, score = theirs["fp32"]["token_ids"], theirs["fp32"]["score"]
     engines = {}
     for precision in arguments.precisions:
-        built, ours = run_part("export", precision, arguments), run_part("ours", precision, arguments)
+        built = run_part("export", precision, arguments)
+        floors = {} if precision == "fp32" else run_part("floors", precision, arguments)
+        ours = run_part("ours", precision, arguments)
         engines[precision] = {
             "export": built,
             "caption": ours,
@@ -91,6 +99,12 @@ def main(argv: list[str] | None = None) -> int:
             "transformers_fp32_over_ours": theirs["fp32"]["seconds"] / ours["seconds"],
             "transformers_bf16_over_ours": theirs["bf16"]["seconds"] / ours["seconds"],
         }
+        if floors:
+            engines[precision] |= {"floors": floors, "over_floor": over_floors(ours, floors)}
+        if precision == "int4":
+            engines[precision]["batches"] = run_part("batches", precision, arguments)
+            limited = run_part("ours", precision, arguments, ADDRESS_SPACE)
+            engines[precision]["under_ulimit"] = {"bytes": ADDRESS_SPACE, "seconds": limited["seconds"]}
     command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH"
     result = {
         "command": f"{command} --precisions {' '.join(arguments.precisions)}",
@@ -153,30 +167,103 @@ def export(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[
 
 
 def caption_ours(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
-    """One caption by the engine."""
-    from blip2rt import Caption, Pipeline
-    from blip2rt.generative import Prompt
-    from blip2rt.options import ResolvedOptions
+    """One caption by the engine: with beams, where the time goes, and greedy."""
+    from blip2rt import Pipeline
 
     start = perf_counter()
     pipe = Pipeline(directory / precision)
     load_seconds = perf_counter() - start
-    options = ResolvedOptions(num_beams=BEAMS, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    encode_seconds = []
-
-    def caption() -> Caption:
-        start = perf_counter()
-        features = pipe.encode(pixel_values())
-        encode_seconds.append(perf_counter() - start)
-        return pipe.generative_engine.decode(Caption, [features], [Prompt(model_spec["prompt"])], options)[0]
-
-    seconds, result = fastest(caption)
+    first = perf_counter()
+    run_ours(pipe, model_spec, 1, BEAMS)
+    first_seconds = perf_counter() - first
+    seconds, (result, stages) = fastest(lambda: run_ours(pipe, model_spec, 1, BEAMS))
+    greedy_seconds, (_, greedy_stages) = fastest(lambda: run_ours(pipe, model_spec, 1, 1))
     return {
         "seconds": seconds,
-        "encode_seconds": min(encode_seconds),
+        "stages": stages,
+        "greedy_seconds": greedy_seconds,
+        "greedy_step_seconds": greedy_stages["step"],
         "load_seconds": load_seconds,
+        "first_caption_later_by": load_seconds + first_seconds - seconds,
         "score": result.score,
         "token_ids": result.token_ids,
+    }
+
+
+def run_ours(pipe: Any, model_spec: dict[str, Any], batch: int, num_beams: int) -> tuple[Any, dict[str, float]]:
+    """Captions of so many pictures, the first one of them, and the seconds of every stage (a step: the median)."""
+    from blip2rt import Caption
+    from blip2rt.generative import Prompt
+    from blip2rt.options import ResolvedOptions
+    from blip2rt.trace import trace
+
+    options = ResolvedOptions(num_beams=num_beams, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as stream:
+        trace.path = stream.name
+        features = pipe.encode([pixel_values()] * batch)
+        captions = pipe.generative_engine.decode(Caption, features, [Prompt(model_spec["prompt"])] * batch, options)
+        trace.path = None
+        rows = [row for row in map(json.loads, stream) if "seconds" in row]
+    seconds = {stage: [row["seconds"] for row in rows if row["stage"] == stage] for stage in ("vision", "qformer")}
+    prefill, *steps = (row["seconds"] for row in rows if row["stage"] == "decoder")
+    totals = {stage: sum(parts) for stage, parts in seconds.items()}
+    return captions[0], totals | {"prefill": prefill, "step": statistics.median(steps)}
+
+
+def batches(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Seconds a picture in batches, and over their floor: a run each."""
+    from blip2rt import Pipeline
+
+    pipe, found = Pipeline(directory / precision), {}
+    run_ours(pipe, model_spec, 1, 1)  # reads the file
+    ceilings = measure()
+    for batch in BATCHES:
+        for num_beams in (1, BEAMS):
+            start = perf_counter()
+            run_ours(pipe, model_spec, batch, num_beams)
+            seconds = (perf_counter() - start) / batch
+            floors = stage_floors(directory / precision, model_spec, ceilings, batch, num_beams)
+            floor = (sum(floors.values()) + (NEW_TOKENS - 2) * floors["step"]) / batch
+            found[f"{batch} pictures, {num_beams} beams"] = {"seconds": seconds, "over_floor": seconds / floor}
+    return found
+
+
+def floors(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[str, Any]:
+    """Seconds that each stage of a caption needs at least on this machine, now."""
+    ceilings = measure()
+    stages = stage_floors(directory / precision, model_spec, ceilings, 1, BEAMS)
+    greedy = stage_floors(directory / precision, model_spec, ceilings, 1, 1)["step"]
+    rates = {"read_gb_per_s": ceilings.read / 1e9, "int8_gop_per_s": ceilings.int8 / 1e9}
+    return rates | {"stages": stages, "greedy_step": greedy}
+
+
+def stage_floors(
+    engine: Path, model_spec: dict[str, Any], ceilings: Ceilings, batch: int, num_beams: int
+) -> dict[str, float]:
+    """Of every stage with linear layers, for a batch; the prompt's rows and the queries' are those of this model."""
+    vision, qformer, decoder = (linear_weights(engine / f"{stage}.onnx") for stage in ("vision", "qformer", "decoder"))
+    queries, patches = 32, 257
+    prompt_rows = queries + len(model_spec["prompt"])
+    if (engine / "encoder.onnx").exists():
+        encoder = linear_weights(engine / "encoder.onnx")
+        prefill = ceilings.floor(encoder, batch * prompt_rows) + ceilings.floor(decoder, batch)
+    else:
+        prefill = ceilings.floor(decoder, batch * prompt_rows, batch)
+    return {
+        "vision": ceilings.floor(vision, batch * patches),
+        "qformer": ceilings.floor(qformer, batch * queries),
+        "prefill": prefill,
+        "step": ceilings.floor(decoder, batch * num_beams),
+    }
+
+
+def over_floors(ours: dict[str, Any], floors: dict[str, Any]) -> dict[str, float]:
+    """How many times its floor everything takes."""
+    stages = {stage: ours["stages"][stage] / floor for stage, floor in floors["stages"].items()}
+    whole = sum(floors["stages"].values()) + (NEW_TOKENS - 2) * floors["stages"]["step"]
+    return stages | {
+        "greedy_step": ours["greedy_step_seconds"] / floors["greedy_step"],
+        "whole": ours["seconds"] / whole,
     }
 
 
@@ -210,16 +297,22 @@ def caption_transformers(directory: Path, model_spec: dict[str, Any], precision:
 PARTS: dict[str, Callable[[Path, dict[str, Any], str], dict[str, Any]]] = {
     "make": make_checkpoint,
     "export": export,
+    "floors": floors,
     "ours": caption_ours,
+    "batches": batches,
     "transformers": caption_transformers,
 }
 
 
-def run_part(part: str, precision: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run a part in a new process; what it prints last."""
+def run_part(
+    part: str, precision: str, arguments: argparse.Namespace, address_space: int | None = None
+) -> dict[str, Any]:
+    """Run a part in a new process, of so many bytes; what it prints last."""
     print(f"{part} {precision} ...", file=sys.stderr)
     command = [sys.executable, __file__, "--directory", str(arguments.directory), "--model", arguments.model]
     command += ["--part", part, precision]
+    if address_space:
+        command = ["prlimit", f"--as={address_space}", *command]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     print(f"{part} {precision}: {figures}", file=sys.stderr)

@@ -36,15 +36,15 @@ void multiply_rows(const Weight& weight, const Rounded& x, std::size_t tile, std
         for (std::size_t r = 0; r < rows; ++r) dots[r] = _mm512_set1_epi32(-(1 << (bits - 1)) * x.sums[at + r]);
         for (std::size_t k = 0; k < depth; k += 8) {
             __m512i first, second;
+            constexpr std::size_t kAhead = 4096;  // the first rows find a tile in memory, the others in the cache
+            if (row == 0) __builtin_prefetch(packed + kAhead);
             if (bits == 4) {
-                __builtin_prefetch(packed + 4096);
                 const __m512i both = _mm512_loadu_si512(packed);
                 first = _mm512_and_si512(both, nibble);
                 second = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
                 packed += 64;
             } else {
-                __builtin_prefetch(packed + 4096);
-                __builtin_prefetch(packed + 4160);
+                if (row == 0) __builtin_prefetch(packed + kAhead + 64);
                 first = _mm512_loadu_si512(packed);
                 second = _mm512_loadu_si512(packed + 64);
                 packed += 128;
