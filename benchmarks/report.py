@@ -61,8 +61,30 @@ def full_size(result: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|---|",
             *rows,
             "",
+            *(line for precision, engine in result["engines"].items() for line in floors(precision, engine)),
         )
     )
+
+
+def floors(precision: str, engine: dict[str, Any]) -> list[str]:
+    """How far an engine is from what the machine allows, where that was measured."""
+    if "floors" not in engine:
+        return []
+    rates, over = engine["floors"], {name.replace("_", " "): ratio for name, ratio in engine["over_floor"].items()}
+    lines = [
+        f"{precision}, over its floor (weights at {rates['read_gb_per_s']:.0f} GB/s, 8-bit products at "
+        f"{rates['int8_gop_per_s']:.0f} GOP/s, both measured in the same run): "
+        + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in over.items() if name != "qformer")
+        + "."
+    ]
+    if "batches" in engine:
+        lines[0] += " Batches, a picture: " + ", ".join(
+            f"{name} {figures['seconds']:.2f} s ({figures['over_floor']:.2f} x)"
+            for name, figures in engine["batches"].items()
+            if name != "peak_gb"
+        )
+        lines[0] += "."
+    return [*lines, ""]
 
 
 def linears(result: dict[str, Any]) -> str:
