@@ -1,7 +1,5 @@
 """Muon: against torch's own, and in two processes as in one."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from two_processes import in_two_processes
 
 from blip2rt.training.muon import Muon, orthogonal
 
@@ -53,30 +52,13 @@ def test_directions_keep_singular_vectors(rows: int, columns: int, scale: float,
     assert (orthogonal(matrix) - (u * s) @ v).abs().max() < 1e-3
 
 
-PROCESS = """
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-import torch, torch.distributed as dist
-store, rank, file, output = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-spec = spec_from_file_location("muon_test", file)
-module = module_from_spec(spec)
-spec.loader.exec_module(module)
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-torch.save(module.trained(), f"{output}.{rank}")
-dist.destroy_process_group()
-"""
+def trained_together(rank: int) -> list[Tensor]:
+    """What each of two processes ends with."""
+    return trained()
 
 
 def test_two_processes_share_the_work(tmp_path: Path) -> None:
     """Each has half of the matrices to make orthogonal, and both end with the bits of one alone."""
-    output = tmp_path / "matrices"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / "store"), str(rank), __file__, str(output)])
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     expected = trained()
-    for rank in range(2):
-        found = torch.load(f"{output}.{rank}", weights_only=True)
+    for found in in_two_processes(__file__, "trained_together", tmp_path):
         assert all(torch.equal(ours, alone) for ours, alone in zip(found, expected, strict=True))

@@ -1,8 +1,6 @@
 """The losses that BLIP-2 is trained with: LAVIS's own numbers, finite differences, and two processes against one."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from two_processes import in_two_processes
 
 from blip2rt.model import Blip2, Blip2Config, Blip2Retrieval, CheckpointSource, RetrievalConfig, load_retrieval
 from blip2rt.model import objectives as objectives_module
@@ -254,30 +254,20 @@ def test_gradients_are_finite_differences(name: str, monkeypatch: pytest.MonkeyP
 # ---------------------------------------------------------------------------------------------------------------------
 # Several processes
 
-PROCESS = """
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-import torch, torch.distributed as dist
-store, rank, file, output = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-spec = spec_from_file_location("objectives_test", file)
-module = module_from_spec(spec)
-sys.modules[spec.name] = module
-spec.loader.exec_module(module)
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-model = module.small_retrieval()
-itc, itm, _ = module.stage1_losses(model, slice(2 * rank, 2 * rank + 2))
-(itc + itm).backward()
-losses = torch.stack((itc, itm)).detach()
-dist.all_reduce(losses)
-gradients = {}
-for name, parameter in model.named_parameters():
-    if parameter.grad is not None:
-        dist.all_reduce(parameter.grad)
-        gradients[name] = parameter.grad / 2
-torch.save((losses / 2, gradients), f"{output}.{rank}")
-dist.destroy_process_group()
-"""
+
+def half_of_the_batch(rank: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean ITC and ITM losses and gradients of two processes with two pairs each."""
+    model = small_retrieval()
+    itc, itm, _ = stage1_losses(model, slice(2 * rank, 2 * rank + 2))
+    (itc + itm).backward()
+    losses = torch.stack((itc, itm)).detach()
+    dist.all_reduce(losses)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            gradients[name] = parameter.grad / 2
+    return losses / 2, gradients
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
@@ -285,14 +275,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     model = small_retrieval()
     itc, itm, _ = stage1_losses(model)
     (itc + itm).backward()
-    output = tmp_path / "gradients"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", PROCESS, str(tmp_path / "store"), str(rank), __file__, str(output)])
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    for rank in range(2):
-        losses, gradients = torch.load(f"{output}.{rank}", weights_only=True)
+    for losses, gradients in in_two_processes(__file__, "half_of_the_batch", tmp_path):
         assert torch.allclose(losses, torch.stack((itc, itm)), rtol=1e-12)
         expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert gradients.keys() == expected.keys()
