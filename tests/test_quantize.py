@@ -167,6 +167,19 @@ def test_rewritten_graph_equals_its_twin(
             np.testing.assert_array_equal(run(x[:rows])[0], found[:rows])
 
 
+def test_products_of_bytes_do_not_overflow() -> None:
+    """The largest bytes there are, which saturate 16 bits: every session adds them up exactly on any processor."""
+    x = ir.Value(name="x", shape=ir.Shape(["S", 256]), type=ir.TensorType(ir.DataType.UINT8))
+    weight = ir.Value(name="weight", const_value=ir.tensor(np.full((256, 32), 127, np.int8), name="weight"))
+    node = ir.node("MatMulInteger", [x, weight])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 24})
+    proto = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
+    session = ort.InferenceSession(proto, session_options(1), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"x": np.full((5, 256), 255, np.uint8)})
+    assert (found == 256 * 255 * 127).all()
+
+
 def test_table_of_bits() -> None:
     """What stays float32, whatever the precision; a row for another model is one line."""
     assert bits_of("fp32", "decoder", "blocks.0.fc1.weight") == 32

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -88,11 +89,23 @@ def session_options(threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
     options.log_severity_level = 3
-    # processors with AVX2 and no VNNI add up products of bytes in 16 bits, which overflow; this keeps them exact
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    # processors with AVX2 and no VNNI add up products of bytes in 16 bits, which overflow; this keeps them exact, and
+    # takes 2.5 times as long where VNNI does so anyway
+    if not has_vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if library := library_path():
         options.register_custom_ops_library(str(library))
     return options
+
+
+@cache
+def has_vnni() -> bool:
+    """Whether this processor adds up products of bytes in 32 bits; False where nobody says."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text("utf-8").split()
+    except OSError:
+        return False
+    return not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags)
 
 
 def _address(array: Array) -> int:
