@@ -1,16 +1,17 @@
-"""What the machine can do at most, and what a stage must do at least: how far a time is from its floor.
+"""What the machine can do at most, in some seconds: `python benchmarks/ceilings.py` prints one JSON object.
 
-The ceilings: bytes read from memory by a loop that fetches ahead, and ONNX Runtime's product of 8-bit integers. A stage
-has to read the weights of its linear layers once, and to multiply them: its floor is the longer of the two.
+Bytes that all cores together read from memory, in a loop that fetches ahead, and operations of ONNX Runtime's product
+of 8-bit integers, two for a multiplication and an addition. `full_size.py` makes floors of them.
 """
 
 import ctypes
+import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
@@ -39,31 +40,9 @@ uint64_t read_all(const uint64_t *from, size_t count) {
 """
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Of this machine, all cores together."""
-
-    read: float  # bytes a second
-    int8: float  # operations a second, two for a multiplication and an addition
-
-    def floor(self, weights: "Weights", rows: int, lone_rows: int | None = None) -> float:
-        """Seconds that a stage needs at least for so many rows; the output layer may see fewer (`lone_rows`)."""
-        operations = 2 * (weights.inner * rows + weights.head * (rows if lone_rows is None else lone_rows))
-        return max(weights.bytes / self.read, operations / self.int8)
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The linear layers of a stage."""
-
-    inner: int  # weights
-    head: int  # weights of the output layer, the last one of a decoder
-    bytes: int
-
-
-def measure() -> Ceilings:
-    """Both, measured now: some seconds."""
-    return Ceilings(read_rate(), int8_rate())
+def main() -> int:
+    print(json.dumps({"read_gb_per_s": read_rate() / 1e9, "int8_gop_per_s": int8_rate() / 1e9}))
+    return 0
 
 
 def read_rate() -> float:
@@ -95,18 +74,6 @@ def int8_rate() -> float:
     return 2 * outputs * depth * rows / fastest(lambda: session.run(None, inputs))
 
 
-def linear_weights(path: Path) -> Weights:
-    """The linear layers of a stage with native kernels."""
-    sizes, total = [], 0
-    for node in ir.load(path).graph:
-        if node.op_type == "QuantizedMatMul":
-            outputs, depth, bits = (node.attributes[name].as_int() for name in ("N", "K", "bits"))
-            sizes.append(outputs * depth)
-            total += outputs * depth * bits // 8 + outputs * -(-depth // 128) * 2
-    is_decoder = path.stem == "decoder"
-    return Weights(sum(sizes[:-1] if is_decoder else sizes), sizes[-1] if is_decoder else 0, total)
-
-
 def fastest(run: Callable[[], object]) -> float:
     """Seconds of the fastest of some runs."""
     seconds = []
@@ -115,3 +82,7 @@ def fastest(run: Callable[[], object]) -> float:
         run()
         seconds.append(perf_counter() - start)
     return min(seconds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import numpy as np
-from ceilings import Ceilings, linear_weights, measure  # type: ignore[import-not-found]  # mypy has it with its folder
 
 from blip2rt.native import native_path
 
@@ -233,8 +233,36 @@ def floors(directory: Path, model_spec: dict[str, Any], precision: str) -> dict[
     ceilings = measure()
     stages = stage_floors(directory / precision, model_spec, ceilings, 1, BEAMS)
     greedy = stage_floors(directory / precision, model_spec, ceilings, 1, 1)["step"]
-    rates = {"read_gb_per_s": ceilings.read / 1e9, "int8_gop_per_s": ceilings.int8 / 1e9}
-    return rates | {"stages": stages, "greedy_step": greedy}
+    return asdict(ceilings) | {"stages": stages, "greedy_step": greedy}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of this machine, all cores together (`ceilings.py`)."""
+
+    read_gb_per_s: float
+    int8_gop_per_s: float
+
+    def floor(self, weights: "Weights", rows: int, lone_rows: int | None = None) -> float:
+        """Seconds that a stage needs at least for so many rows; the output layer may see fewer (`lone_rows`)."""
+        operations = 2 * (weights.inner * rows + weights.head * (rows if lone_rows is None else lone_rows))
+        return max(weights.bytes / self.read_gb_per_s / 1e9, operations / self.int8_gop_per_s / 1e9)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The linear layers of a stage."""
+
+    inner: int  # weights
+    head: int  # weights of the output layer, the last one of a decoder
+    bytes: int
+
+
+def measure() -> Ceilings:
+    """The ceilings now, measured by a process of their own."""
+    program = Path(__file__).with_name("ceilings.py")
+    told = subprocess.run([sys.executable, program], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return Ceilings(**json.loads(told))
 
 
 def stage_floors(
@@ -255,6 +283,20 @@ def stage_floors(
         "prefill": prefill,
         "step": ceilings.floor(decoder, batch * num_beams),
     }
+
+
+def linear_weights(path: Path) -> Weights:
+    """The linear layers of a stage with native kernels."""
+    import onnx_ir as ir
+
+    sizes, total = [], 0
+    for node in ir.load(path).graph:
+        if node.op_type == "QuantizedMatMul":
+            outputs, depth, bits = (node.attributes[name].as_int() for name in ("N", "K", "bits"))
+            sizes.append(outputs * depth)
+            total += outputs * depth * bits // 8 + outputs * -(-depth // 128) * 2
+    is_decoder = path.stem == "decoder"
+    return Weights(sum(sizes[:-1] if is_decoder else sizes), sizes[-1] if is_decoder else 0, total)
 
 
 def over_floors(ours: dict[str, Any], floors: dict[str, Any]) -> dict[str, float]:
