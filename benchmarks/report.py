@@ -71,20 +71,18 @@ def floors(precision: str, engine: dict[str, Any]) -> list[str]:
     if "floors" not in engine:
         return []
     rates, over = engine["floors"], {name.replace("_", " "): ratio for name, ratio in engine["over_floor"].items()}
-    lines = [
+    over_floor = ", ".join(f"{name} {ratio:.2f} x" for name, ratio in over.items() if name != "qformer")
+    batches = ", ".join(
+        f"{name.replace('1 beams', 'greedy')} {figures['seconds']:.2f} s ({figures['over_floor']:.2f} x)"
+        for name, figures in engine.get("batches", {}).items()
+        if name != "peak_gb"
+    )
+    return [
         f"{precision}, over its floor (weights at {rates['read_gb_per_s']:.0f} GB/s, 8-bit products at "
-        f"{rates['int8_gop_per_s']:.0f} GOP/s, both measured in the same run): "
-        + ", ".join(f"{name} {ratio:.2f} x" for name, ratio in over.items() if name != "qformer")
-        + "."
+        f"{rates['int8_gop_per_s']:.0f} GOP/s, both measured in the same run): {over_floor}.",
+        *([f"In batches, a picture: {batches}."] if batches else []),
+        "",
     ]
-    if "batches" in engine:
-        lines[0] += " Batches, a picture: " + ", ".join(
-            f"{name} {figures['seconds']:.2f} s ({figures['over_floor']:.2f} x)"
-            for name, figures in engine["batches"].items()
-            if name != "peak_gb"
-        )
-        lines[0] += "."
-    return [*lines, ""]
 
 
 def linears(result: dict[str, Any]) -> str:
