@@ -1,5 +1,7 @@
 """A training that is killed goes on to the same bits: kill -9 at random moments, against the straight run.
 
+In one process, in two that hold the whole model each, and in two that hold slices of it.
+
 One process imports everything and forks a child for each sitting, because imports take longer than these trainings.
 """
 
@@ -8,11 +10,13 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS, KILLS = 12, 5
@@ -57,6 +61,35 @@ def run_sittings(jobs: list[tuple[list[str], list[int]]]) -> list[list[int]]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+
+
+def train_together(arguments: list[str], kill_after: int | None = None) -> str:
+    """A training in two processes, killed as soon as its log has so many rows; what they said."""
+    output = Path(next(a for a in arguments if a.startswith("output=")).removeprefix("output="))
+    port = str(random.Random(f"{os.getpid()} {output} {kill_after}").randint(20_000, 60_000))
+    places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(REPOSITORY / "training" / "train.py"), *arguments],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            | places,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    if kill_after is not None:
+        log = output / "log.jsonl"
+        while not log.exists() or log.read_bytes().count(b"\n") < kill_after:
+            assert processes[0].poll() is None
+            time.sleep(0.01)
+        for process in processes:
+            process.kill()
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert all(codes) if kill_after is not None else not any(codes), errors
+    return errors[0]
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
@@ -137,7 +170,6 @@ def test_two_processes_learn_from_the_joined_batch(
         row | {"image": str(example_pictures / row["image"]), "captions": [f"w{i} w9"]} for i, row in enumerate(rows)
     ]
     (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in alone[:8]))
-    program = str(REPOSITORY / "training" / "train.py")
     arguments = [
         str(REPOSITORY / "training" / "recipes" / "stage1.toml"),
         f"data=[{{format='jsonl', path='{tmp_path}/train.jsonl'}}]",
@@ -148,20 +180,7 @@ def test_two_processes_learn_from_the_joined_batch(
         "run.steps=4",
         "run.workers=0",
     ]
-    port = str(random.Random(os.getpid()).randint(20_000, 60_000))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, program, *arguments, f"output={tmp_path}/two", "run.batch_size=4"],
-            env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-            | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors
+    train_together([*arguments, f"output={tmp_path}/two", "run.batch_size=4"])
     assert run_sittings([([*arguments, f"output={tmp_path}/one", "run.batch_size=8"], [])]) == [[0]]
     one, two = curve(tmp_path / "one"), curve(tmp_path / "two")
     assert len(one) == len(two) == 4
@@ -169,3 +188,65 @@ def test_two_processes_learn_from_the_joined_batch(
         assert abs(one[0][loss] - two[0][loss]) < 1e-5
     assert [len(part) for part in newest_state(tmp_path / "two")["positions"]] == [1, 1]
     assert newest_state(tmp_path / "two")["positions"] == [[16], [16]]
+
+
+def assert_near(whole: Path, sliced: Path) -> None:
+    """Two trainings that add in another order: the same losses, states and checkpoints but for rounding."""
+    for row, other in zip(curve(whole), curve(sliced), strict=True):
+        assert row.keys() == other.keys()
+        for key in row:
+            assert other[key] == pytest.approx(row[key], rel=1e-4), (row["step"], key)
+    states = [newest_state(run)["parameters"] for run in (whole, sliced)]
+    checkpoints = [load_file(run / "checkpoint" / "model.safetensors") for run in (whole, sliced)]
+    for left, right in (states, checkpoints):
+        assert left.keys() == right.keys()
+        for name in left:
+            # softmax cancels the biases of keys: their gradients are the rounding, of which Adam makes steps
+            if not name.endswith(("kv.bias", "key.bias")):
+                assert torch.allclose(left[name], right[name], atol=1e-4), name
+
+
+def test_a_model_in_slices_learns_as_a_whole_one(
+    tmp_path: Path, example_pictures: Path, tiny_retrieval_checkpoint: Path
+) -> None:
+    """FSDP against DDP, with everything that learns; killed and gone on with, the same bits."""
+    arguments = [
+        str(REPOSITORY / "training" / "recipes" / "stage1.toml"),
+        f"data=[{{format='jsonl', path='{example_pictures}/train.jsonl'}}]",
+        f"model={{start='{tiny_retrieval_checkpoint}', "
+        "train=['vision', 'qformer', 'text', 'itm', 'itg', 'temperature']}",
+        *common(tmp_path),
+        "run.steps=6",
+        "run.checkpoint_activations=true",
+        "optimizer.clip=0.5",
+    ]
+    whole, straight, broken = (tmp_path / name for name in ("whole", "straight", "broken"))
+    train_together([*arguments, f"output={whole}"])
+    sliced = [*arguments, "run.shard=true"]
+    train_together([*sliced, f"output={straight}"])
+    train_together([*sliced, f"output={broken}"], kill_after=3)
+    assert "going on behind step" in train_together([*sliced, f"output={broken}"])
+    assert_near(whole, straight)
+    assert curve(straight) == curve(broken)
+    assert_same(newest_state(straight), newest_state(broken))
+    checkpoints = [run / "checkpoint" / "model.safetensors" for run in (straight, broken)]
+    assert checkpoints[0].read_bytes() == checkpoints[1].read_bytes()
+
+
+def test_slices_of_a_frozen_language_model_with_adapters(
+    tmp_path: Path, example_pictures: Path, tiny_checkpoint: Path
+) -> None:
+    """They are brought together and merged for the checkpoint; one process has nothing to spread over."""
+    arguments = [
+        str(REPOSITORY / "training" / "recipes" / "caption-lora.toml"),
+        f"data=[{{format='jsonl', path='{example_pictures}/train.jsonl'}}]",
+        f"model={{start='{tiny_checkpoint}', lora_rank=2}}",
+        f"images.cache={tmp_path}/features",
+        *common(tmp_path),
+        "run.steps=4",
+    ]
+    whole, sliced = tmp_path / "whole", tmp_path / "sliced"
+    train_together([*arguments, f"output={whole}"])
+    train_together([*arguments, "run.shard=true", f"output={sliced}"])
+    assert_near(whole, sliced)
+    assert run_sittings([([*arguments, "run.shard=true", f"output={tmp_path}/alone"], [])]) == [[2]]

@@ -3,7 +3,7 @@
     python training/train.py training/recipes/stage1.toml [section.key=value ...]
 
 The same command goes on where it was stopped, to the same bits. Several GPUs or machines: `accelerate launch
-training/train.py ...`; `run.batch_size` is one process's.
+training/train.py ...`; `run.batch_size` is one process's. With `run.shard=true` each holds a part of the model only.
 
     recipe -> model and objective -> batches -> loss -> gradients -> step -> states, log -> a transformers checkpoint
 """
@@ -33,8 +33,10 @@ from blip2rt.training.features import cached_reader
 from blip2rt.training.precision import fast_precision
 from blip2rt.training.recipe import Recipe, read_recipe
 from blip2rt.training.schedule import build_optimizers, clip, learning_rate, set_rate
+from blip2rt.training.sharding import average_whole, bring_together, shard, spread
 from blip2rt.training.state import RunFolder, collect, restore
 from blip2rt.training.streams import open_streams
+from blip2rt.training.tasks import key_biases
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,17 +73,18 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
     accelerator.wait_for_everyone()
 
     built = build(recipe)
-    task = built.task.to(accelerator.device)
     say(accelerator, describe(built))
-    optimizers = build_optimizers(task.model.named_parameters(), rates)
     state: dict[str, Any] = folder.load() or {"step": 0, "positions": None, "bad": [0, []]}
+    batches, bad = open_batches(recipe, accelerator, built, state)
+    task = shard(built.task, accelerator.device) if run.shard else built.task.to(accelerator.device)
+    optimizers = build_optimizers(task.model.named_parameters(), rates)
+    held = [(parameter, spread(learns, parameter)) for parameter, learns in key_biases(task)]
     if state["step"]:
         restore(task, optimizers, state)
         say(accelerator, f"going on behind step {state['step']}")
     if accelerator.is_main_process:
         folder.cut_log(state["step"])
-    batches, bad = open_batches(recipe, accelerator, built, state)
-    module, *optimizers = accelerator.prepare(task, *optimizers)
+    module = task if run.shard else accelerator.prepare(task)
     board = (
         SummaryWriter(folder.path / "tensorboard", purge_step=state["step"]) if accelerator.is_main_process else None
     )
@@ -99,7 +102,7 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
             names += batch.names
             seed = hash((recipe.seed, step, part, accelerator.process_index)) % (1 << 63)
             is_last = part == run.accumulate - 1
-            with nullcontext() if is_last else accelerator.no_sync(module):
+            with nullcontext() if is_last or run.shard else accelerator.no_sync(module):
                 torch.manual_seed(seed)  # what is dropped out
                 with accelerator.autocast():
                     losses = module(to_device(batch.batch, accelerator.device), seed)
@@ -107,6 +110,11 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
                     totals[name] = totals.get(name, 0.0) + loss.detach() / run.accumulate
                 stop_unless_finite(accelerator, losses["loss"], "loss", step, names, folder)
                 accelerator.backward(losses["loss"] / run.accumulate)
+        if run.shard:
+            average_whole(task)
+        for parameter, learns in held:
+            if parameter.grad is not None:
+                parameter.grad *= learns
         norm = clip((p for p in task.parameters() if p.grad is not None), rates.clip)
         stop_unless_finite(accelerator, torch.tensor(norm, device=accelerator.device), "gradient", step, names, folder)
         for optimizer in optimizers:
@@ -123,10 +131,12 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
         if step % run.save_every == 0 or step == run.steps:
             # by all: each process has its own place in the streams
             positions = gather(accelerator, batch.positions)
+            collected = collect(task, optimizers, step, positions, [bad.count, bad.named])
             if accelerator.is_main_process:
-                folder.save(step, collect(task, optimizers, step, positions, [bad.count, bad.named]))
+                folder.save(step, collected)
     bar.close()
     batches.close()
+    bring_together(task, accelerator.is_main_process)
     if accelerator.is_main_process:
         assert board is not None
         board.close()
@@ -148,9 +158,11 @@ def start_processes(recipe: Recipe, on_cpu: bool) -> Accelerator:
         DistributedType.MULTI_GPU,
     ):
         raise InputError(
-            f"accelerate is set up for {accelerator.distributed_type.value}, and training runs in one process or with "
-            "DDP: run `accelerate config` anew"
+            f"accelerate is set up for {accelerator.distributed_type.value}, and training runs in one process or in "
+            "several: run `accelerate config` anew; run.shard=true spreads the model over them as FSDP does"
         )
+    if recipe.run.shard and accelerator.num_processes == 1:
+        raise InputError("run.shard spreads the model over several processes, and this is one: use `accelerate launch`")
     return accelerator
 
 
@@ -171,6 +183,7 @@ def open_batches(
         cached = None
         if recipe.images.cache:
             with accelerator.main_process_first():
+                built.task.model.vision.to(accelerator.device)
                 cached = cached_reader(recipe, built.task.model, built.image, from_files)
         pictures = PictureReader(*built.image, recipe.images, cached)
     run = recipe.run

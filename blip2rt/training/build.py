@@ -37,7 +37,6 @@ from .tasks import (
     checkpoint_activations,
     drop_out,
     freeze,
-    hold_key_biases,
 )
 from .texts import BertText, ContrastiveRows, GenerativeRows, LanguageRows, LanguageText, Rows, VisionRows
 from .weights import fill, is_tied, open_start
@@ -85,7 +84,6 @@ def build(recipe: Recipe) -> Built:
     text = config.text if isinstance(config, Blip2Config) else None
     fresh = fill(task.model, recipe.model, start, config.vision, text, recipe.seed)
     unknown = freeze(task, recipe.model.train or task.trained)
-    hold_key_biases(task)
     if recipe.model.train and unknown:
         parts = sorted({name.split(".")[0] for name, _ in task.model.named_parameters()})
         raise InputError(f"model.train names {', '.join(unknown)}, and the model has {', '.join(parts)}")

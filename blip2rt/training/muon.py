@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .sharding import full, spread
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 
@@ -44,10 +46,10 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             average = state["momentum_buffer"]
             average.lerp_(parameter.grad, 1 - group["momentum"])
-            directions.append(parameter.grad.lerp(average, group["momentum"]))
+            directions.append(full(parameter.grad.lerp(average, group["momentum"])))
         for (parameter, group), direction in zip(learning, shared_orthogonal(directions), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
+            parameter.add_(spread(direction, parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
 
 def shared_orthogonal(matrices: list[Tensor]) -> list[Tensor]:

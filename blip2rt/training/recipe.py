@@ -124,13 +124,17 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class RunRecipe:
-    """Lengths in optimiser steps; `batch_size` is one process's, and `accumulate` batches make a step."""
+    """Lengths in optimiser steps; `batch_size` is one process's, and `accumulate` batches make a step.
+
+    `shard`: each of several processes holds a slice of the model instead of all of it (FSDP2).
+    """
 
     steps: int
     batch_size: int
     accumulate: int = 1
     precision: str = "fp32"
     checkpoint_activations: bool = False
+    shard: bool = False
     workers: int = 4
     save_every: int = 1000
     log_every: int = 10

@@ -6,10 +6,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from .muon import Muon
 from .recipe import OptimizerRecipe
+from .sharding import full
 
 BLOCK = re.compile(r"vision\.blocks\.(\d+)\.")
 
@@ -70,5 +72,14 @@ def set_rate(optimizers: Sequence[Optimizer], rate: float) -> None:
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], largest: float) -> float:
-    """Scale gradients down to a norm of `largest` (0: leave them); the norm they had."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), largest or math.inf))
+    """Scale gradients down to a norm of `largest` (0: leave them); the norm they had, all slices together."""
+    spread_ones: list[nn.Parameter] = []
+    whole: list[nn.Parameter] = []
+    for parameter in parameters:
+        (spread_ones if isinstance(parameter, DTensor) else whole).append(parameter)
+    kinds = [kind for kind in (spread_ones, whole) if kind]  # torch measures no mixture of them
+    norms = [full(nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])) for kind in kinds]
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    for kind in kinds:
+        nn.utils.clip_grads_with_norm_(kind, largest or math.inf, norm)
+    return float(norm)

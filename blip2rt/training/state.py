@@ -11,7 +11,7 @@ A state holds what learns, not what is frozen: that is read again from where it 
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from ..errors import CheckpointError, InputError, OutputError
 from .recipe import Recipe
+from .sharding import full, spread
 
 # what a recipe may change between two sittings: how often something is written, not what is computed
 FREE = {"output", "run.save_every", "run.log_every", "run.keep", "run.workers", "run.save_as"}
@@ -151,12 +152,14 @@ class RunFolder:
 
 
 def collect(task: nn.Module, optimizers: Sequence[Optimizer], step: int, positions: Any, bad: Any) -> dict[str, Any]:
-    """All that the next step depends on, besides the recipe."""
-    learning = {name: parameter.detach() for name, parameter in task.named_parameters() if parameter.requires_grad}
+    """All that the next step depends on, besides the recipe; by all processes where the model is spread over them."""
+    learning = {name: full(parameter.detach()) for name, parameter in _learning(task).items()}
     return {
         "step": step,
         "parameters": learning,
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizers": [
+            _map_moments(optimizer, optimizer.state_dict(), lambda value, _: full(value)) for optimizer in optimizers
+        ],
         "positions": positions,
         "bad": bad,
     }
@@ -169,7 +172,7 @@ def restore(task: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str
     Raises:
         CheckpointError: it is of another model.
     """
-    learning = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    learning = _learning(task)
     stored: Mapping[str, Tensor] = state["parameters"]
     differing = sorted(learning.keys() ^ stored.keys())
     differing += [name for name in learning.keys() & stored.keys() if learning[name].shape != stored[name].shape]
@@ -178,9 +181,28 @@ def restore(task: nn.Module, optimizers: Sequence[Optimizer], state: Mapping[str
             f"the state is of another model: {', '.join(differing[:5])} differ; begin in a new output"
         )
     for name, parameter in learning.items():
-        parameter.copy_(stored[name])
+        parameter.copy_(spread(stored[name], parameter))
     for optimizer, values in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(values)
+        optimizer.load_state_dict(_map_moments(optimizer, values, spread))
+
+
+def _learning(task: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+
+
+def _map_moments(
+    optimizer: Optimizer, state: Mapping[str, Any], change: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """An optimiser's state_dict; what has the shape of its parameter is `change`d, beside that parameter."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        i: {
+            key: change(value, parameters[i]) if value.shape == parameters[i].shape and value.ndim else value
+            for key, value in values.items()
+        }
+        for i, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _flat(table: Any, name: str = "") -> dict[str, Any]:

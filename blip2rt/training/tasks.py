@@ -146,21 +146,21 @@ def freeze(task: Task, trained: tuple[str, ...]) -> list[str]:
     return [prefix for prefix in trained if not any(_is_below(name, prefix) for name in named)]
 
 
-def hold_key_biases(task: Task) -> None:
-    """Leave the key biases of the image encoder as they are: zero from the seed, as in every published model.
+def key_biases(task: Task) -> list[tuple[nn.Parameter, Tensor]]:
+    """Biases of the image encoder that learn, and what their gradients are multiplied by: 0 for those of the keys.
+
+    So these stay as they are: zero from the seed, as in every published model.
 
     Softmax cancels them, so that their gradients are rounding noise, of which Adam's division would make whole steps;
     and the formats of LAVIS and mmpretrain have no place for them.
     """
+    found = []
     for name, parameter in task.model.named_parameters():
         if name.startswith("vision.") and name.endswith(".qkv.bias") and parameter.requires_grad:
-            parameter.register_hook(_without_keys)
-
-
-def _without_keys(gradient: Tensor) -> Tensor:
-    """A gradient of the biases of queries, keys and values, with that of the keys zero."""
-    query, _, value = gradient.chunk(3)
-    return torch.cat((query, torch.zeros_like(query), value))
+            learns = torch.ones(parameter.shape, device=parameter.device)
+            learns.chunk(3)[1].zero_()
+            found.append((parameter, learns))
+    return found
 
 
 def _is_below(name: str, prefix: str) -> bool:
@@ -183,11 +183,15 @@ def drop_out(task: Task, share: float) -> None:
             module.register_forward_hook(dropped)
 
 
+def named_blocks(task: Task) -> list[tuple[str, nn.Module]]:
+    """The blocks of all the parts of a task's model."""
+    return [(name, module) for name, module in task.model.named_modules() if name.rpartition(".")[0].endswith("blocks")]
+
+
 def checkpoint_activations(task: Task) -> None:
     """Compute every block's activations again in the backward pass instead of keeping them."""
-    for name, module in task.model.named_modules():
-        if name.rpartition(".")[0].endswith("blocks"):
-            module.forward = _recomputing(module.forward)
+    for _, block in named_blocks(task):
+        block.forward = _recomputing(block.forward)
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
