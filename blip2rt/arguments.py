@@ -122,6 +122,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="which engine of a folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="(default: 8000; 0: any)")
+    parser.add_argument("--grpc-port", type=int, metavar="PORT", help="answer over gRPC as well (default: no)")
     parser.add_argument("--threads", type=int, help="cores to use (default: all)")
     parser.add_argument("--api-keys", metavar="FILE", help="file with a key a line (default: everybody may ask)")
     parser.add_argument(

@@ -169,6 +169,9 @@ def serve(arguments: argparse.Namespace) -> int:
     """Answer over HTTP: OpenAI's chat and embeddings, the Open Inference Protocol, uploads, a gallery, and a page."""
     with _extra("serve"):
         from .server.run import serve as run_server
+    if arguments.grpc_port is not None:
+        with _extra("grpc"):
+            from .server import inference_grpc  # noqa: F401
 
     limits = {name: getattr(arguments, name) for name, _, _ in ServerSettings.limits()}
     keys = tuple(Path(arguments.api_keys).read_text().split()) if arguments.api_keys else ()
@@ -180,6 +183,7 @@ def serve(arguments: argparse.Namespace) -> int:
         arguments.engine,
         host=arguments.host,
         port=arguments.port,
+        grpc_port=arguments.grpc_port,
         name=arguments.name,
         threads=arguments.threads,
         settings=settings,

@@ -88,7 +88,8 @@ class Process:
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
         assert "serving" in line, line + self.process.stderr.read()
-        self.url = line.split()[-1]
+        addresses = dict(word.split("://") for word in line.split() if "://" in word)
+        self.url, self.grpc_address = f"http://{addresses['http']}", addresses.get("grpc", "")
         self.port = int(self.url.rpartition(":")[2])
         self.log: list[str] = []
         threading.Thread(target=lambda: self.log.extend(self.process.stderr or ()), daemon=True).start()

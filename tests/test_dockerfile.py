@@ -17,7 +17,8 @@ def test_the_command_serves_and_may_be_reached() -> None:
     arguments = _parser().parse_args([*entry[1:], *command])
     assert arguments.run is serve
     assert (arguments.engine, arguments.host) == ("/engines", "0.0.0.0")
-    assert re.findall(r"^EXPOSE (\d+)$", DOCKERFILE, re.M) == [str(arguments.port)]
+    ports = re.findall(r"^EXPOSE (\d+) (\d+)$", DOCKERFILE, re.M)
+    assert ports == [(str(arguments.port), *re.findall(r"--grpc-port (\d+)", DOCKERFILE))]
     assert f"127.0.0.1:{arguments.port}/v2/health/ready" in DOCKERFILE
 
 

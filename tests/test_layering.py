@@ -53,7 +53,7 @@ EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files t
     "bulk": {"pyarrow", "ray"},
     "evaluation": {"pycocoevalcap", "spacy"},
     "huggingface": {"optimum", "torch", "transformers"},
-    "server": {"fastapi", "prometheus_client", "pydantic", "ray", "starlette", "uvicorn"},
+    "server": {"fastapi", "grpc", "prometheus_client", "pydantic", "ray", "starlette", "tritonclient", "uvicorn"},
 }
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}
 LOADED_WITH_EXTRAS = {"blip2rt/bulk/on_ray.py"}

@@ -7,9 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from time import monotonic
-from typing import Any
-
-from starlette.requests import Request
+from typing import Any, Protocol
 
 from ..errors import InputError
 from ..generative import Prompt
@@ -29,6 +27,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
 MAX_CHARACTERS = 10_000  # of a text that is embedded, far more than the models read
 LOOK_SECONDS = 0.2  # how often a request looks whether its client is still there
+
+
+class Client(Protocol):
+    """Who waits for an answer: a request of Starlette, or another that can tell whether it was left."""
+
+    async def is_disconnected(self) -> bool:
+        """Whether nobody will read the answer."""
 
 
 class Answering:
@@ -118,13 +123,13 @@ class Answering:
         """Of a request that begins now."""
         return monotonic() + self.settings.timeout
 
-    async def call(self, request: Request, engine: Engine, work: Callable[[], Any]) -> Any:
+    async def call(self, client: Client, engine: Engine, work: Callable[[], Any]) -> Any:
         """What `work` gives in the engines' thread, where the retrieval engine is asked.
 
         Raises:
             HttpError: as `results`.
         """
-        [result] = await self.results(request, engine, [Call(work, deadline=self.deadline())])
+        [result] = await self.results(client, engine, [Call(work, deadline=self.deadline())])
         return result
 
     def submit(self, engine: Engine, tasks: Sequence[Task]) -> None:
@@ -141,7 +146,7 @@ class Answering:
                 429, f"too many requests wait: try again in {seconds} s", {"retry-after": seconds}
             ) from None
 
-    async def results(self, request: Request, engine: Engine, tasks: Sequence[Task]) -> list[Any]:
+    async def results(self, client: Client, engine: Engine, tasks: Sequence[Task]) -> list[Any]:
         """Submit tasks and wait. Where the client leaves, or the wait is cancelled, they give back their places.
 
         Raises:
@@ -155,7 +160,7 @@ class Answering:
                 if left <= 0:
                     raise self.too_late()
                 await asyncio.wait([waiting], timeout=min(LOOK_SECONDS, left))
-                if not waiting.done() and await request.is_disconnected():
+                if not waiting.done() and await client.is_disconnected():
                     raise HttpError(499, "the client has left")
             return list(waiting.result())
         except GoneError:

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import InputError
-from . import embeddings, inference, openai, plain, retrieval
+from . import embeddings, inference_http, openai, plain, retrieval
 from .answering import Answering
 from .engines import Engines
 from .errors import HttpError, error_body
@@ -46,9 +46,10 @@ def create_app(engines: Engines, settings: ServerSettings, metrics: Metrics, num
         answering.close()
 
     app = FastAPI(title="blip2rt", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.answering = answering
     app.include_router(openai.router(engines, answering))
     app.include_router(embeddings.router(engines, answering))
-    app.include_router(inference.router(engines, answering))
+    app.include_router(inference_http.router(engines, answering))
     app.include_router(plain.router(engines, answering))
     app.include_router(retrieval.router(engines, answering))
     app.add_middleware(Gate, settings=settings, metrics=metrics)

@@ -2,7 +2,7 @@
 
 import asyncio
 import hmac
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -22,12 +22,30 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/", "/page.js", "/page.css", "/v2/health/live", "/v2/health/ready")  # without a key
 
 
+class Keys:
+    """Those who may ask; without a key, everybody."""
+
+    def __init__(self, keys: Sequence[str]):
+        self._keys = [key.encode() for key in keys]
+
+    def check(self, authorization: str) -> None:
+        """Compare with all keys; it takes as long for each, whatever they have in common.
+
+        Raises:
+            HttpError: 401, it is none of them.
+        """
+        given = authorization.removeprefix("Bearer ").encode("utf-8", "replace")
+        found = [hmac.compare_digest(given, key) for key in self._keys]
+        if self._keys and not (any(found) and authorization.startswith("Bearer ")):
+            raise HttpError(401, "a valid API key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
+
+
 class Gate:
     """Lets through only whole requests of those who may ask. Their bodies are in memory by then."""
 
     def __init__(self, app: App, settings: ServerSettings, metrics: Metrics):
         self._app, self._settings, self._metrics = app, settings, metrics
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._keys = Keys(settings.api_keys)
         self._num_uploads = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,8 +74,8 @@ class Gate:
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._is_known(headers.get("authorization", "")):
-            raise HttpError(401, "a valid API key is needed: Authorization: Bearer KEY", {"www-authenticate": "Bearer"})
+        if scope["path"] not in OPEN_PATHS:
+            self._keys.check(headers.get("authorization", ""))
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
@@ -78,12 +96,6 @@ class Gate:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, replay, send)
-
-    def _is_known(self, authorization: str) -> bool:
-        """Compares with all keys, and takes as long for each whatever they have in common."""
-        given = authorization.removeprefix("Bearer ").encode("utf-8", "replace")
-        found = [hmac.compare_digest(given, key) for key in self._keys]
-        return any(found) and authorization.startswith("Bearer ")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         limit = int(self._settings.max_body_mb * 1e6)

@@ -26,14 +26,24 @@ def serve(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    grpc_port: int | None = None,
     name: str | None = None,
     threads: int | None = None,
     settings: ServerSettings | None = None,
 ) -> None:
     """Serve an engine until SIGTERM or SIGINT; what was accepted is answered first. SIGHUP opens the engine anew.
 
+    Args:
+        engine: its directory, or a folder of several.
+        host: address to listen on.
+        port: of HTTP; 0: any that is free.
+        grpc_port: of gRPC; None: there is none.
+        name: which engine of a folder.
+        threads: cores to use; None: all.
+        settings: limits and permissions.
+
     Raises:
-        InputError: the port cannot be had.
+        InputError: a port cannot be had.
         EngineError: as `Pipeline`.
     """
     settings = settings or ServerSettings()
@@ -52,11 +62,22 @@ def serve(
             h11_max_incomplete_event_size=HEADER_BYTES,
             timeout_keep_alive=10,
         )
-        server = _Server(config, engines)
-        print(f"blip2rt: serving {engines.current.name} on http://{host}:{listener.getsockname()[1]}", file=sys.stderr)
+
+        async def run() -> None:
+            server = _Server(config, engines, settings.timeout)
+            address = f"http://{host}:{listener.getsockname()[1]}"
+            if grpc_port is not None:
+                from .inference_grpc import Service, listen  # its packages are an extra
+
+                service = Service(engines, app.state.answering, settings, metrics)
+                server.rpc, at = await listen(service, f"{host}:{grpc_port}", settings)
+                address += f" and grpc://{host}:{at}"
+            print(f"blip2rt: serving {engines.current.name} on {address}", file=sys.stderr)
+            await server.serve(sockets=[listener])
+
         # uvicorn stops gracefully and then raises the signal once more: by then it has done its work
         signal.signal(signal.SIGTERM, lambda *_: None)
-        asyncio.run(server.serve(sockets=[listener]))
+        asyncio.run(run())
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -81,9 +102,10 @@ def _listen(host: str, port: int) -> socket.socket:
 class _Server(uvicorn.Server):
     """Tells the world that it stops before it stops, and listens to SIGHUP."""
 
-    def __init__(self, config: uvicorn.Config, engines: Engines):
+    def __init__(self, config: uvicorn.Config, engines: Engines, timeout: float):
         super().__init__(config)
-        self._engines = engines
+        self._engines, self._timeout = engines, timeout
+        self.rpc: Any = None  # the gRPC server beside this one
         self._reloads: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -98,7 +120,13 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._engines.is_ready = False
-        await super().shutdown(sockets)
+        await asyncio.gather(self._stop_rpc(), super().shutdown(sockets))
+
+    async def _stop_rpc(self) -> None:
+        """Take no more calls, and keep the engine until those that were taken are answered."""
+        if self.rpc is not None:
+            with self._engines.use():
+                await self.rpc.stop(self._timeout)
 
 
 def _protocol(header_seconds: float) -> type[asyncio.Protocol]:
