@@ -209,11 +209,11 @@ class CachedDecoder:
         if first == used:
             return
         moved = live[first:]
-        scratch = np.empty((len(moved), self._cache[0].shape[3]), np.float32)
+        _, num_heads, _, width = self._cache[0].shape
+        scratch = np.empty((num_heads, len(moved), width), np.float32)
         for cache in self._cache:
-            for head in cache[b]:  # head by head, so that the copy stays small
-                np.take(head, moved, axis=0, out=scratch, mode="clip")
-                head[first : len(live)] = scratch
+            np.take(cache[b], moved, axis=1, out=scratch, mode="clip")
+            cache[b, :, first : len(live)] = scratch
         mask[:, first : len(live)] = mask[:, moved]
         mask[:, len(live) : used] = MASKED
         cached_positions = self._step["cached_positions"][b]  # [C]
