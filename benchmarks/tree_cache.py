@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from blip2rt.backends import Stage
+from blip2rt.backends.ort import Stage
 from blip2rt.bundled import CHECKPOINT
 from blip2rt.decoder import CachedDecoder
 from blip2rt.export import export_engine

@@ -43,8 +43,10 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_parts(parser)
     add_sizes(parser)
     parser.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
-    parser.add_argument("--precision", default="fp32", help="fp32, int8 or int4 (default: fp32)")
-    parser.add_argument("--device", default="cpu", help="cpu")
+    parser.add_argument(
+        "--precision", default="fp32", help="fp32; int8 or int4 on the CPU, bf16 or fp16 on torch (default: fp32)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu; torch: a GPU with torch (default: cpu)")
     parser.add_argument(
         "--tokenizer", metavar="DIR|ID", help="its tokenizer, where it is apart (default: the model's or the LLM's)"
     )

@@ -85,7 +85,7 @@ class CachedDecoder:
         encoded: Mapping[str, Array] | None = None,
     ):
         batch, num_queries, _ = prefixes.shape
-        self._binding = stage.bind()
+        self._stage, self._binding = stage, stage.bind()
         self._inputs = {tensor.name for tensor in spec.inputs}
         self._encoded = dict(encoded or {})
         self._prefixes, self._prompts, self._num_rows = prefixes, prompts, num_rows
@@ -100,7 +100,7 @@ class CachedDecoder:
         self._past, self._present = cache_names(num_layers, "past"), cache_names(num_layers, "present")
         # zeros, because a masked row still takes part in a product: 0 * NaN would be NaN
         shape = (batch, num_heads, int(self._capacities.max()), head_width)
-        self._cache = [np.zeros(shape, np.float32) for _ in self._past]
+        self._cache = [stage.zeros(shape) for _ in self._past]
         self._step: dict[str, Array] = {}  # inputs of a step
         self._logits = np.empty(0, np.float32)  # output of a step
 
@@ -190,7 +190,7 @@ class CachedDecoder:
         if capacity > self._cache[0].shape[2]:
             rows = int(self._used.max())
             for i, cache in enumerate(self._cache):
-                self._cache[i] = np.zeros((*cache.shape[:2], capacity, cache.shape[3]), np.float32)
+                self._cache[i] = self._stage.zeros((*cache.shape[:2], capacity, cache.shape[3]))
                 self._cache[i][:, :, :rows] = cache[:, :, :rows]
             mask = np.full((*self._step["mask"].shape[:3], capacity), MASKED, np.float32)
             mask[..., : self._step["mask"].shape[3]] = self._step["mask"]
@@ -209,11 +209,8 @@ class CachedDecoder:
         if first == used:
             return
         moved = live[first:]
-        _, num_heads, _, width = self._cache[0].shape
-        scratch = np.empty((num_heads, len(moved), width), np.float32)
         for cache in self._cache:
-            np.take(cache[b], moved, axis=1, out=scratch, mode="clip")
-            cache[b, :, first : len(live)] = scratch
+            cache[b, :, first : len(live)] = cache[b][:, moved]
         mask[:, first : len(live)] = mask[:, moved]
         mask[:, len(live) : used] = MASKED
         cached_positions = self._step["cached_positions"][b]  # [C]

@@ -19,7 +19,7 @@ from os import PathLike
 from pathlib import Path
 
 from .errors import EngineError, ExportError, InputError
-from .manifest import GENERATIVE, MANIFEST_NAME, NATIVE, FileEntry, Manifest
+from .manifest import CPU, DEVICES, GENERATIVE, MANIFEST_NAME, NATIVE, FileEntry, Manifest
 from .native import native_path
 
 HASHED_ON_OPENING = 16 * 2**20  # bytes: files below this are hashed whenever an engine is opened, larger ones are not
@@ -96,10 +96,10 @@ def checked_manifest(directory: Path, device: str | None) -> Manifest:
         EngineError: damaged, newer than this program, or built for another device.
     """
     manifest = Manifest.read(directory)
-    if device not in (None, manifest.device) or manifest.device != "cpu":
+    if device not in (None, manifest.device) or manifest.device not in DEVICES:
         raise EngineError(
-            f"{directory} was built for {manifest.device!r}, not {device or 'cpu'!r}: build one with "
-            f"`blip2rt export --model {manifest.source_id} --device {device or 'cpu'}`"
+            f"{directory} was built for {manifest.device!r}, not {device or CPU!r}: build one with "
+            f"`blip2rt export --model {manifest.source_id} --device {device or CPU}`"
         )
     if manifest.kernels == NATIVE and native_path() is None:
         raise EngineError(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from .backends import Stage
+from .backends import open_stages
 from .candidates import rank_candidates
 from .decoder import CachedDecoder, run_encoder
 from .errors import EngineError, InputError
@@ -65,7 +65,7 @@ class GenerativeEngine:
             EngineError: one of them, or a tokenizer, cannot be read.
         """
         self.directory, self.manifest = directory, manifest
-        stages = {stage: Stage(stage, directory / entry.file, threads) for stage, entry in manifest.stages.items()}
+        stages = open_stages(directory, manifest, threads)
         self._vision, self._qformer, self._decoder = stages[VISION], stages[QFORMER], stages[DECODER]
         self._encoder = stages.get(ENCODER)  # None: a decoder-only language model
         text, qformer = (_sizes(manifest, directory, part) for part in ("text", "qformer"))

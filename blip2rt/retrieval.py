@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .backends import Stage
+from .backends import open_stages
 from .errors import InputError
 from .manifest import Manifest
 from .preprocess import ImageSource, preprocess
@@ -39,7 +39,7 @@ class RetrievalEngine:
             EngineError: one of them, or the tokenizer, cannot be read.
         """
         self.directory, self.manifest = directory, manifest
-        stages = {stage: Stage(stage, directory / entry.file, threads) for stage, entry in manifest.stages.items()}
+        stages = open_stages(directory, manifest, threads)
         self._vision, self._qformer, self._text, self._itm = (stages[s] for s in (VISION, QFORMER, TEXT, ITM))
         qformer = manifest.model["qformer"]
         self._tokenizer = TextTokenizer(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from blip2rt.backends import Binding, Stage
+from blip2rt.backends.ort import Binding, Stage
 from blip2rt.decoder import GROWTH, ROW_STEP, CachedDecoder
 from blip2rt.export import export_engine
 from blip2rt.manifest import Manifest

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import blip2rt.export
 from blip2rt import Generation, Pipeline
-from blip2rt.backends import Stage
+from blip2rt.backends.ort import Stage
 from blip2rt.export import export_engine, graphs
 from blip2rt.generative import Prompt
 from blip2rt.manifest import Manifest

@@ -51,6 +51,10 @@ class Stage:
         """A binding of inputs and outputs to buffers of the caller."""
         return Binding(self)
 
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """A cache that a binding may update in place."""
+        return np.zeros(shape, np.float32)
+
     def _run(self, run: Callable[[], Any]) -> Any:
         start = perf_counter()
         try:

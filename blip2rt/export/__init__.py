@@ -1,6 +1,7 @@
 """checkpoint -> engine directory: graphs -> lower -> weights -> verify, and one exchange at the end."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from .. import __version__
 from ..engine_directory import building, describe_files
 from ..errors import CheckpointError, ExportError, InputError
-from ..manifest import GENERATIVE, RETRIEVAL, ImageSpec, Manifest, Stage, TokenSpec
+from ..manifest import CPU, GENERATIVE, RETRIEVAL, TORCH, ImageSpec, Manifest, Stage, TokenSpec
 from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
 from ..model.retrieval import stored_name
@@ -20,17 +22,19 @@ from ..model.sources import find_directory
 from ..model.weight_files import read_json
 from ..native import library_path
 from ..progress import Progress
+from ..stages import StageSpec
 from .fuse_attention import fuse_attention
 from .graphs import stage_specs, trace_stage
 from .lower import lower
+from .modules import write_modules
 from .quantize import quantize
 from .tokenizer_files import QUESTION_FOLDER, write_text_tokenizer, write_tokenizer
 from .verify import compare_engine
 from .weights import Written, write_stage
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
-PRECISIONS, DEVICES = ("fp32", "int8", "int4"), ("cpu",)
-BYTES = {"fp32": 4, "int8": 1.5, "int4": 1.0}  # of a parameter, all told; the token embedding stays float32
+PRECISIONS = {CPU: ("fp32", "int8", "int4"), TORCH: ("fp32", "bf16", "fp16")}  # by device
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1.5, "int4": 1.0}  # of a parameter, the embeddings included
 
 
 def export_engine(
@@ -50,8 +54,9 @@ def export_engine(
     Args:
         model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
-        precision: "fp32"; "int8", all linear layers; "int4", those of the language model, the others int8.
-        device: "cpu".
+        precision: "fp32"; on the CPU "int8", all linear layers, or "int4", those of the language model, the others
+            int8; on torch "bf16" or "fp16".
+        device: "cpu"; or "torch", the reference's own modules on a GPU.
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
         text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model or one whose Q-Former
             reads questions; None: the model's own.
@@ -65,15 +70,17 @@ def export_engine(
         InputError: a wrong argument, or an output that is taken.
         ExportError: the disk is full or cannot be written, or the engines disagree with the reference.
     """
-    if precision in ("fp16", "bf16") and device == "cpu":
+    if device not in PRECISIONS:
+        raise InputError(f"device {device!r} is not one of {', '.join(PRECISIONS)}")
+    if precision in ("fp16", "bf16") and device == CPU:
         raise InputError(f"the CPU has no {precision} kernels: use int8 and int4, which are fast there, or fp32")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if device not in DEVICES:
-        raise InputError(f"device {device!r} is not one of {', '.join(DEVICES)}")
+    if precision not in PRECISIONS[device]:
+        raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS[device])} (device {device})")
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     is_retrieval = isinstance(config, RetrievalConfig)
+    if precision == "fp16" and isinstance(config, Blip2Config) and isinstance(config.text, T5Config):
+        raise InputError("T5's feed-forward layers overflow in fp16: use bf16")
     if is_retrieval and tokenizer:
         raise InputError(
             f"{checkpoint.source.model} is a retrieval model without a language model: pass --text-tokenizer for BERT's"
@@ -105,19 +112,11 @@ def export_engine(
                 file = directory / "question_tokenizer.json"
                 question_tokens = write_text_tokenizer(tokenizers[1], file, config.qformer.vocab_size)
         reference = checkpoint.build()
-        kernels = "native" if precision != "fp32" and library_path() else "stock"
-        bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
-        written: Written = {}
-        for stage, spec in specs.items():
-            module = reference.get_submodule(stage)
-            graph = trace_stage(module, spec)
-            weights = lower(graph, {name for name, _ in module.named_parameters()})
-            weights = quantize(graph, stage, precision, weights, kernels)
-            if kernels == "native":
-                fuse_attention(graph.graph)
-            path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
-            write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
-        bar.close()
+        kernels = "native" if precision in ("int8", "int4") and library_path() else "stock"
+        if device == TORCH:
+            files = dict.fromkeys(specs, write_modules(reference, specs, checkpoint, directory, precision))
+        else:
+            files = _write_graphs(reference, specs, checkpoint, directory, precision, kernels)
         manifest = Manifest(
             kind=RETRIEVAL if is_retrieval else GENERATIVE,
             name=Path(output).name,
@@ -134,7 +133,7 @@ def export_engine(
             toolchain=_toolchain(),
             parity={},
             model=config.to_dict(),
-            stages={stage: Stage(f"{stage}.onnx", spec) for stage, spec in specs.items()},
+            stages={stage: Stage(files[stage], spec) for stage, spec in specs.items()},
             files={},
         )
         comparisons = list(compare_engine(directory, manifest, checkpoint))
@@ -147,6 +146,30 @@ def export_engine(
         parity = {c.stage: c.parity for c in comparisons}
         replace(manifest, parity=parity, files=describe_files(directory)).write(directory)
     return Path(output)
+
+
+def _write_graphs(
+    reference: nn.Module,
+    specs: Mapping[str, StageSpec],
+    checkpoint: Checkpoint,
+    directory: Path,
+    precision: str,
+    kernels: str,
+) -> dict[str, str]:
+    """A graph for every stage, and its weights beside it; the names of the graphs' files."""
+    bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
+    written: Written = {}
+    for stage, spec in specs.items():
+        module = reference.get_submodule(stage)
+        graph = trace_stage(module, spec)
+        weights = lower(graph, {name for name, _ in module.named_parameters()})
+        weights = quantize(graph, stage, precision, weights, kernels)
+        if kernels == "native":
+            fuse_attention(graph.graph)
+        path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
+        write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
+    bar.close()
+    return {stage: f"{stage}.onnx" for stage in specs}
 
 
 def _tokenizer_directories(

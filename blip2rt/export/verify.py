@@ -1,25 +1,21 @@
 """Engines against the reference model, piece by piece, so that neither has to fit in memory.
 
-A stage is an embedding, blocks and a head. The graph is cut where `graphs.py` named the residual stream `hidden_<i>`;
-each piece runs in ONNX Runtime beside the reference's module of the same name. Both streams go their own way from the
-common input to the end, so the last numbers are those of the whole stage. Sizes differ from those traced.
+A stage is an embedding, blocks and a head. Each piece of the engine (`pieces.py`) runs beside the reference's module of
+the same name. Both streams go their own way from the common input to the end, so the last numbers are those of the
+whole stage. Sizes differ from those traced.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from ..backends.ort import session_options
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
 from ..manifest import Manifest, Parity
@@ -28,15 +24,14 @@ from ..model.config import ModelConfig
 from ..model.t5 import T5Decoder
 from ..progress import progress
 from ..stages import DECODER, ENCODER, ITM, MASKED, QFORMER, TEXT, VISION, StageSpec
+from .pieces import TOKEN_EMBEDDING, Piece, open_pieces
 
 Array = np.ndarray[Any, Any]
 
-TOKEN_EMBEDDING = "embedding.token.weight"  # the head reads it where the two are tied
-IR_VERSION = 11  # of the ONNX files that the pieces are made into
 # fp32: largest difference over the reference's largest value, after every piece, all errors before it included.
 # Others: root mean square of the difference over that of the reference, of every piece by itself, on the reference's
 # input. Rounding errors grow from block to block, in random models without bounds; a piece's own error does not.
-LIMITS = {"fp32": 2e-4, "int8": 0.08, "int4": 0.35}
+LIMITS = {"fp32": 2e-4, "bf16": 0.03, "fp16": 0.005, "int8": 0.08, "int4": 0.35}
 
 
 @dataclass
@@ -101,15 +96,6 @@ def _relative_rms(a: Array, b: Array) -> float:
     return error if np.isfinite(error) else np.inf
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of a stage: a module of the reference, and the names of what it reads and gives."""
-
-    module: str
-    inputs: tuple[str | None, ...]
-    outputs: tuple[str, ...]
-
-
 def verify_engine(
     path: str | Path, model: str | Path | CheckpointSource, name: str | None = None
 ) -> Iterator[Comparison]:
@@ -139,7 +125,7 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
     """Compare every stage, in order.
 
     Args:
-        directory: where the graphs lie.
+        directory: where its files lie.
         manifest: its manifest, finished or not.
         checkpoint: what it was built from.
     """
@@ -151,8 +137,7 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         arrays = draw(signature, checkpoint.config)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
-        with _engine_errors(directory / entry.file):
-            graph = ir.load(directory / entry.file).graph
+        engine = open_pieces(directory, manifest, stage)
         outputs = [output.name for output in signature.outputs]
         pieces = _pieces(stage, module, signature)
         for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
@@ -164,22 +149,11 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
                 expected = loaded(*(None if name is None else tensors[name] for name in piece.inputs))
             expected = expected if isinstance(expected, tuple) else (expected,)
             tensors |= dict(zip(piece.outputs, expected, strict=True))
-            with _engine_errors(directory / entry.file):
-                arrays |= _run_piece(graph, directory, arrays, piece.outputs)
-                alone = {} if exact else _run_piece(graph, directory, known, piece.outputs)
+            arrays |= engine.run(piece, arrays)
+            alone = {} if exact else engine.run(piece, known)
             for name in piece.outputs:
                 comparison.add(piece.module, arrays[name], tensors[name], name in outputs, alone.get(name))
         yield comparison
-
-
-@contextmanager
-def _engine_errors(path: Path) -> Iterator[None]:
-    """What onnx_ir and ONNX Runtime say of a graph they cannot use, as one error; theirs share no base class."""
-    try:
-        yield
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EngineError(f"{path} cannot be run ({reason}): build the engine again with `blip2rt export`") from error
 
 
 def _pieces(stage: str, module: torch.nn.Module, signature: StageSpec) -> list[Piece]:
@@ -323,25 +297,3 @@ def _sizes(signature: StageSpec, inputs: Mapping[str, Array]) -> dict[str, Any]:
         for axis, size in enumerate(tensor.shape)
         if isinstance(size, str)
     }
-
-
-def _run_piece(graph: ir.Graph, folder: Path, known: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-    """Compute `outputs` from the values that are known; only the weights in between are read."""
-    inputs: dict[str, ir.Value] = {}
-    seen: set[ir.Value] = set()
-    pending = [value for node in graph for value in node.outputs if value.name in outputs]
-    while pending:
-        value = pending.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.name in known:
-            inputs[str(value.name)] = value
-        elif (node := value.producer()) is not None:
-            pending += [v for v in node.inputs if v is not None]
-    piece = ir.Model(ir.convenience.extract(graph, list(inputs), list(outputs)), ir_version=IR_VERSION)
-    options = session_options(None)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = ort.InferenceSession(ir.to_proto(piece).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    results = session.run(list(outputs), {name: known[name] for name in inputs})
-    return dict(zip(outputs, results, strict=True))

@@ -231,6 +231,23 @@ class RetrievalConfig:
 ModelConfig = Blip2Config | RetrievalConfig
 
 
+def read_sizes(model: Mapping[str, Any]) -> ModelConfig:
+    """The configuration that `to_dict` gave, out of a manifest.
+
+    Raises:
+        KeyError, TypeError: a part or a field is missing, or unknown.
+    """
+
+    def part(kind: Any, values: Mapping[str, Any]) -> Any:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    parts = {"vision": part(VisionConfig, model["vision"]), "qformer": part(QFormerConfig, model["qformer"])}
+    if "text" not in model:
+        return RetrievalConfig(**{**model, **parts})
+    text = part(TEXT_CONFIGS[model["text"]["model_type"]], model["text"])
+    return Blip2Config(**{**model, **parts, "text": text})
+
+
 def _check_model_type(config: Mapping[str, Any]) -> None:
     if config.get("model_type") != "blip-2":
         raise CheckpointError(

@@ -46,11 +46,16 @@ def attend(
     return joined.transpose(1, 2).flatten(2)
 
 
+def _row_index(rows: Tensor, write_indices: Tensor) -> Tensor:
+    """Rows of the cache that rows [B, H, S, d] go to, in their shape."""
+    index = write_indices[:, None] + torch.arange(rows.shape[2], device=rows.device)  # [B, S]
+    return index[:, None, :, None].expand_as(rows)
+
+
 @torch.library.custom_op("blip2rt::write_cache", mutates_args=())
 def write_cache(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
     """Cache [B, H, C, d] with rows [B, H, S, d] written from row write_indices[b] on; ONNX calls it TensorScatter."""
-    index = write_indices[:, None] + torch.arange(rows.shape[2], device=rows.device)  # [B, S]
-    return cache.scatter(2, index[:, None, :, None].expand_as(rows), rows)
+    return cache.scatter(2, _row_index(rows, write_indices), rows)
 
 
 @write_cache.register_fake
@@ -58,12 +63,28 @@ def _(cache: Tensor, rows: Tensor, write_indices: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
-def with_past(past: Tensor | None, rows: Tensor, write_indices: Tensor) -> Tensor:
+class CacheInPlace:
+    """A cache [B, H, C, d] that an executor owns: new rows are written into it, and nothing else is copied."""
+
+    def __init__(self, cache: Tensor):
+        self._cache = cache
+
+    def write(self, rows: Tensor, write_indices: Tensor) -> Tensor:
+        """The cache, with rows [B, H, S, d] from row write_indices[b] on."""
+        return self._cache.scatter_(2, _row_index(rows, write_indices), rows)
+
+
+Past = Tensor | CacheInPlace | None
+
+
+def with_past(past: Past, rows: Tensor, write_indices: Tensor) -> Tensor:
     """The cache [B, H, C, d] that new rows [B, H, S, d] attend to: `past` with them written into it.
 
     Without a past (training sees whole texts) the rows are all there is.
     """
-    return rows if past is None else write_cache(past, rows, write_indices)
+    if past is None:
+        return rows
+    return past.write(rows, write_indices) if isinstance(past, CacheInPlace) else write_cache(past, rows, write_indices)
 
 
 def embed_rows(token: nn.Embedding, prefix: Tensor, input_ids: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import OPTConfig
-from .layers import activation, attend, embed_rows, pick_rows, split_heads, with_past
+from .layers import Past, activation, attend, embed_rows, pick_rows, split_heads, with_past
 
 POSITION_OFFSET = 2  # OPT's position table starts two rows late, an inheritance of its padding index
 
@@ -30,7 +30,7 @@ class OPTBlock(nn.Module):
         self.fc2 = nn.Linear(config.ffn_dim, width, bias=bias)
 
     def forward(
-        self, x: Tensor, write_indices: Tensor, mask: Tensor, past_key: Tensor | None, past_value: Tensor | None
+        self, x: Tensor, write_indices: Tensor, mask: Tensor, past_key: Past, past_value: Past
     ) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value = (split_heads(part, self.num_heads) for part in self.qkv(self.norm1(x)).chunk(3, dim=-1))
         present_key = with_past(past_key, key, write_indices)
@@ -91,7 +91,7 @@ class OPT(nn.Module):
         write_indices: Tensor,
         mask: Tensor,
         logit_rows: Tensor,
-        *past: Tensor | None,
+        *past: Past,
     ) -> tuple[Tensor, ...]:
         x = self.embedding(prefix, input_ids, positions)
         present: list[Tensor] = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import T5Config
-from .layers import activation, attend, embed_rows, pick_rows, split_heads, with_past
+from .layers import Past, activation, attend, embed_rows, pick_rows, split_heads, with_past
 
 
 @torch.library.custom_op("blip2rt::relative_bucket", mutates_args=())
@@ -170,8 +170,8 @@ class T5DecoderBlock(nn.Module):
         bias: Tensor,
         write_indices: Tensor,
         encoder_mask: Tensor,
-        past_key: Tensor | None,
-        past_value: Tensor | None,
+        past_key: Past,
+        past_value: Past,
         cross_key: Tensor,
         cross_value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,7 +234,7 @@ class T5Decoder(nn.Module):
         mask: Tensor,
         encoder_mask: Tensor,
         logit_rows: Tensor,
-        *caches: Tensor | None,
+        *caches: Past,
     ) -> tuple[Tensor, ...]:
         x = self.embedding(input_ids)
         bias = self.relative_bias(positions, cached_positions, mask)
