@@ -17,8 +17,9 @@ demo: .venv/export.stamp
 	$(BIN)/blip2rt embed blip2rt/bundled/images/* --gallery build/gallery --engine engines/
 	$(BIN)/blip2rt search "three pineapples on a beach" "a sheep" --k 2 --gallery build/gallery --engine engines/
 
+# As many processes as cores, with a thread each for torch.
 test: .venv/dev.stamp .venv/chromium.stamp
-	$(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/dev.stamp
 	$(BIN)/ruff check .

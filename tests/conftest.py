@@ -41,6 +41,14 @@ ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # 
 
 CheckpointMaker = Callable[..., Path]
 
+# of few tests, and minutes long: begun first, so that no core waits for one of them at the end
+LONG_FILES = ("test_train_small.py", "test_training_resume.py", "test_training.py", "test_torch_device.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the others keep their order."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 def make_checkpoint(
     directory: Path, seed: int = 0, model_type: str = "opt", *, qformer: dict[str, Any] | None = None, **text: Any
