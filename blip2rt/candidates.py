@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError
-from .search import Decoder, Search, TokenSequence, log_softmax, run_searches
+from .logits import log_softmax
+from .search import Decoder, Scores, Search, TokenSequence, run_searches
 
 Array = np.ndarray[Any, Any]
 
@@ -29,8 +30,9 @@ class CandidateSearch(Search):
         self._logprobs: list[list[float]] = [[] for _ in candidates]  # of the tokens, then of the stop token
         self._length = 0  # tokens that every row has been given
 
-    def advance(self, logits: Array) -> tuple[Array, Array] | None:
-        logprobs = log_softmax(logits)
+    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+        assert isinstance(scores, np.ndarray)  # any token may be asked for
+        logprobs = log_softmax(scores)
         for row, candidate in enumerate(self._candidates):
             after = logprobs[row if self._length else 0]
             if self._length < len(candidate):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from .backends import Stage
+from .search import Scores, Shortlist
 from .stages import MASKED, StageSpec, cache_names
 
 Array = np.ndarray[Any, Any]
@@ -72,6 +73,8 @@ class CachedDecoder:
         max_new_tokens: longest generation, so that no more cache is taken than can be used.
         encoded: what an encoder gave and every row looks at, by the names of `spec`, [B, ...]; its `encoder_mask` is
             [B, 1, 1, E], which serves the one row of a prefill and is repeated for steps.
+        shortlist: how many of the likeliest tokens of a row are asked for, where the stage can choose them; None: all
+            logits.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class CachedDecoder:
         num_rows: int,
         max_new_tokens: int,
         encoded: Mapping[str, Array] | None = None,
+        shortlist: int | None = None,
     ):
         batch, num_queries, _ = prefixes.shape
         self._stage, self._binding = stage, stage.bind()
@@ -102,10 +106,11 @@ class CachedDecoder:
         shape = (batch, num_heads, int(self._capacities.max()), head_width)
         self._cache = [stage.zeros(shape) for _ in self._past]
         self._step: dict[str, Array] = {}  # inputs of a step
-        self._logits = np.empty(0, np.float32)  # output of a step
+        self._shortlist = min(shortlist, self._vocab_size) if shortlist and stage.shortens else None
+        self._outputs: dict[str, Array] = {}  # of a step
 
-    def prefill(self) -> Array:
-        """Run all prefixes at once, right-padded: logits [B, 1, V]."""
+    def prefill(self) -> Scores:
+        """Run all prefixes at once, right-padded: logits [B, 1, V], or the likeliest."""
         batch, num_rows = len(self._prompts), int(self._lengths.max())  # S
         prefix, input_ids = lay_out_rows(self._prefixes, self._prompts, num_rows)
         capacity = self._cache[0].shape[2]
@@ -119,14 +124,14 @@ class CachedDecoder:
             "mask": np.ascontiguousarray(np.broadcast_to(causal, (batch, 1, num_rows, capacity))),
             "logit_rows": self._lengths[:, None] - 1,
         }
-        logits = np.empty((batch, 1, self._vocab_size), np.float32)
-        self._bind(inputs, logits)
+        outputs = self._output_arrays(batch, 1)
+        self._bind(inputs, outputs)
         self._binding.run()
         self._used = self._lengths.copy()
         self._prepare_steps()
-        return logits
+        return _scores(outputs)
 
-    def step(self, tokens: Array, parents: Array) -> Array:
+    def step(self, tokens: Array, parents: Array) -> Scores:
         """Run one new row for each of the R rows of every image: logits [B, R, V], valid until the next step."""
         num_rows = self._num_rows
         mask = self._step["mask"]
@@ -142,7 +147,7 @@ class CachedDecoder:
         self._binding.run()
         self._used += num_rows
         self._depths += 1
-        return self._logits
+        return _scores(self._outputs)
 
     def keep(self, images: Sequence[int]) -> None:
         """Go on with these images, in this order; an image moves only to a smaller index or stays."""
@@ -157,8 +162,8 @@ class CachedDecoder:
             {name: np.ascontiguousarray(array[list(images)]) for name, array in arrays.items()}
             for arrays in (self._step, self._encoded)
         )
-        self._logits = self._logits[: len(images)]
-        self._bind(self._step, self._logits)
+        self._outputs = {name: array[: len(images)] for name, array in self._outputs.items()}
+        self._bind(self._step, self._outputs)
 
     def _prepare_steps(self) -> None:
         """Buffers of a step, bound once: only their contents change from step to step."""
@@ -177,8 +182,15 @@ class CachedDecoder:
             "mask": mask,
             "logit_rows": np.tile(np.arange(num_rows), (batch, 1)),
         }
-        self._logits = np.empty((batch, num_rows, self._vocab_size), np.float32)
-        self._bind(self._step, self._logits)
+        self._outputs = self._output_arrays(batch, num_rows)
+        self._bind(self._step, self._outputs)
+
+    def _output_arrays(self, batch: int, num_rows: int) -> dict[str, Array]:
+        """What the binding writes: logits, or of every row the likeliest tokens."""
+        if self._shortlist is None:
+            return {"logits": np.empty((batch, num_rows, self._vocab_size), np.float32)}
+        shape = (batch, num_rows, self._shortlist)
+        return {"best_tokens": np.empty(shape, np.int64), "best_logprobs": np.empty(shape, np.float32)}
 
     def _make_room(self) -> None:
         """Drop dead rows of images that have reached their capacity; let capacities grow where that is not enough."""
@@ -198,7 +210,7 @@ class CachedDecoder:
             cached_positions = np.zeros((len(mask), capacity), np.int64)
             cached_positions[:, :rows] = self._step["cached_positions"][:, :rows]
             self._step["cached_positions"] = cached_positions
-            self._bind(self._step, self._logits)
+            self._bind(self._step, self._outputs)
 
     def _drop_dead_rows(self, b: int) -> None:
         """Move the rows that some beam descends from together, in their order."""
@@ -222,12 +234,18 @@ class CachedDecoder:
         wanted = min(int(rows * GROWTH), max(int(self._most_rows[b]), rows))
         return padded(wanted)
 
-    def _bind(self, inputs: dict[str, Array], logits: Array) -> None:
+    def _bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         for name, array in (inputs | self._encoded).items():
             if name in self._inputs:
                 self._binding.input(name, array)
-        self._binding.output("logits", logits)
+        for name, array in outputs.items():
+            self._binding.output(name, array)
         for past, present, cache in zip(self._past, self._present, self._cache, strict=True):
             self._binding.input(past, cache)
             self._binding.output(present, cache)
         self._bound = inputs  # keeps the arrays alive for as long as they are bound
+
+
+def _scores(outputs: Mapping[str, Array]) -> Scores:
+    """The outputs of a step as a search takes them."""
+    return outputs["logits"] if "logits" in outputs else Shortlist(outputs["best_tokens"], outputs["best_logprobs"])

@@ -24,7 +24,7 @@ from .options import ResolvedOptions
 from .preprocess import ImageSource, preprocess
 from .qformer_texts import padded_texts
 from .results import Generation, ImageFeatures
-from .search import RowSearch, TokenSequence, run_searches, start_search
+from .search import RowSearch, TokenSequence, run_searches, shortlist_size, start_search
 from .stages import DECODER, ENCODER, QFORMER, VISION
 from .tokenizer import QUESTION_PROMPT, SHORT_QUESTION_PROMPT, TextTokenizer, Tokenizer
 
@@ -174,9 +174,13 @@ class GenerativeEngine:
         return Prompt(ids)
 
     def open_decoder(
-        self, features: Sequence[ImageFeatures], prompts: Sequence[Prompt], options: ResolvedOptions
+        self,
+        features: Sequence[ImageFeatures],
+        prompts: Sequence[Prompt],
+        options: ResolvedOptions,
+        all_logits: bool = False,
     ) -> CachedDecoder:
-        """A decoder of B pictures, with their prompts, before its prefill."""
+        """A decoder of B pictures, with their prompts, before its prefill; it may give only what `options` look at."""
         prefixes = self._prefixes(features, prompts)
         ids = [prompt.ids for prompt in prompts]
         spec = self.manifest.stages[DECODER].signature
@@ -184,7 +188,9 @@ class GenerativeEngine:
         if self._encoder is not None:
             encoded = run_encoder(self._encoder, prefixes, ids)
             prefixes, ids = prefixes[:, :0], [[self.manifest.tokens.bos]] * len(ids)
-        return CachedDecoder(self._decoder, spec, prefixes, ids, options.num_rows, options.max_new_tokens, encoded)
+        best = None if all_logits else shortlist_size(options, self.manifest.tokens.stop)
+        lengths = (options.num_rows, options.max_new_tokens)
+        return CachedDecoder(self._decoder, spec, prefixes, ids, *lengths, encoded, best)
 
     def _prefixes(self, features: Sequence[ImageFeatures], prompts: Sequence[Prompt]) -> Array:
         """[B, Q, D]: where a question stands beside a picture, what the queries see in its light."""
@@ -220,7 +226,7 @@ class GenerativeEngine:
         """A text for each picture: generated, or the best of `candidates` (token ids of each)."""
         stop = self.manifest.tokens.stop
         if candidates is not None:
-            decoders = (self.open_decoder(features, prompts, options) for _ in repeat(None))
+            decoders = (self.open_decoder(features, prompts, options, True) for _ in repeat(None))
             ranked = rank_candidates(candidates, options.num_rows, stop, len(features), decoders)
             return [self.result(kind, sequences) for sequences in ranked]
         searches = [start_search(options, self.history(prompt, options), stop) for prompt in prompts]

@@ -13,21 +13,34 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import EngineError
+from .logits import check_finite, draw, largest, log_softmax, probabilities, process, warp
 from .options import ResolvedOptions
 
 Array = np.ndarray[Any, Any]
-BLOCK = 128  # scores of which `largest` takes the maximum first
 DEAD = np.float32(-1e9)  # what transformers adds to a score to take it out of the race
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The n likeliest tokens of every row instead of all logits, best first: what a GPU sends to the host."""
+
+    tokens: Array  # [.., R, n]
+    logprobs: Array  # [.., R, n] float32
+
+    def __getitem__(self, image: int) -> "Shortlist":
+        return Shortlist(self.tokens[image], self.logprobs[image])
+
+
+Scores = Array | Shortlist  # logits of all tokens, or the likeliest ones
 
 
 class Decoder(Protocol):
     """All that a search knows of a decoder. R rows of an image run side by side (`ResolvedOptions.num_rows`)."""
 
-    def prefill(self) -> Array:
-        """Logits [B, 1, V] of the first token of every image."""
+    def prefill(self) -> Scores:
+        """Logits [B, 1, V] of the first token of every image, or the likeliest of them."""
 
-    def step(self, tokens: Array, parents: Array) -> Array:
+    def step(self, tokens: Array, parents: Array) -> Scores:
         """Row r of image b continues row `parents[b, r]` of the step before with `tokens[b, r]`: logits [B, R, V]."""
 
     def keep(self, images: Sequence[int]) -> None:
@@ -47,8 +60,11 @@ class TokenSequence:
 class Search:
     """The search of one image."""
 
-    def advance(self, logits: Array) -> tuple[Array, Array] | None:
-        """Take logits [R, V] ([1, V] at first); tokens and parents [R] of the rows to decode next, None at the end."""
+    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+        """Take logits [R, V] ([1, V] at first); tokens and parents [R] of the rows to decode next, None at the end.
+
+        A `Shortlist` may come instead, where `shortlist_size` says how long it must be.
+        """
         raise NotImplementedError
 
     def sequences(self) -> list[TokenSequence]:
@@ -67,6 +83,19 @@ def start_search(options: ResolvedOptions, history: Sequence[int], stop_ids: Seq
     beams = LavisBeamSearch if options.rules == "lavis" else BeamSearch
     kind = beams if options.num_beams > 1 else RowSearch
     return kind(options, history, stop_ids)
+
+
+def shortlist_size(options: ResolvedOptions, stop_ids: Sequence[int]) -> int | None:
+    """How many of the likeliest tokens of a row decide a search; None: all count, as it changes or draws scores."""
+    if options.do_sample or options.repetition_penalty != 1.0 or options.no_repeat_ngram_size:
+        return None
+    # the stop tokens may be banned at first
+    return num_candidates(options, stop_ids) + len(stop_ids)
+
+
+def num_candidates(options: ResolvedOptions, stop_ids: Sequence[int]) -> int:
+    """Enough continuations to fill every beam even when all stop tokens of all beams are among them."""
+    return max(2, 1 + len(stop_ids)) * options.num_beams
 
 
 def run_searches(decoder: Decoder, searches: Sequence[Search]) -> Iterator[None]:
@@ -108,19 +137,24 @@ class RowSearch(Search):
         self.num_generated = 0
         self._parents = np.arange(options.num_rows)
 
-    def advance(self, logits: Array) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
         num_rows = len(self.tokens)
-        logits = np.broadcast_to(logits, (num_rows, logits.shape[1]))  # [R, V]
-        logprobs = log_softmax(logits)
-        scores = process(logits.copy(), self.history, self.num_generated, self.options, self.stop_ids)
-        if self.options.do_sample:
-            chosen = draw(probabilities(warp(scores, self.options)), self.rng)
+        if isinstance(scores, Shortlist):  # greedy
+            banned = self.stop_ids if self.num_generated < self.options.min_new_tokens else []
+            _, _, chosen, logprobs = best_of(scores, np.zeros(num_rows, np.float32), banned, 1)
         else:
-            chosen = scores.argmax(axis=1)  # [R]
+            logits = np.broadcast_to(scores, (num_rows, scores.shape[1]))  # [R, V]
+            logprobs = log_softmax(logits)
+            found = process(logits.copy(), self.history, self.num_generated, self.options, self.stop_ids)
+            if self.options.do_sample:
+                chosen = draw(probabilities(warp(found, self.options)), self.rng)
+            else:
+                chosen = found.argmax(axis=1)  # [R]
+            logprobs = logprobs[np.arange(num_rows), chosen]
         for row, token in enumerate(chosen):
             if not self.stopped[row]:
                 self.tokens[row].append(int(token))
-                self.logprobs[row].append(float(logprobs[row, token]))
+                self.logprobs[row].append(float(logprobs[row]))
         self.stopped |= np.isin(chosen, self.stop_ids)
         self.history = np.concatenate((self.history, chosen[:, None]), axis=1)
         self.num_generated += 1
@@ -164,23 +198,13 @@ class BeamSearch(Search):
         self.finished_scores = np.full(num_beams, -np.inf, np.float32)  # below DEAD, which long texts can reach
         self.is_finished = np.zeros(num_beams, bool)
         self.finished: list[TokenSequence | None] = [None] * num_beams
-        # enough candidates to fill every beam even when all stop tokens of all beams are among them
-        self.num_candidates = max(2, 1 + len(self.stop_ids)) * num_beams
+        self.num_candidates = num_candidates(options, stop_ids)
 
-    def advance(self, logits: Array) -> tuple[Array, Array] | None:
-        options, num_beams, vocab_size = self.options, self.options.num_beams, logits.shape[1]
-        length = self.logprobs.shape[1] + 1  # of a sequence that this step ends
+    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+        num_beams, length = self.options.num_beams, self.logprobs.shape[1] + 1  # of a sequence that this step ends
 
-        # STEP 1: score every continuation of every beam, [K, V]; the first logits [1, V] serve all beams
-        logprobs = log_softmax(logits)
-        scores = process(logprobs.copy(), self.history[: len(logits)], length - 1, options, self.stop_ids)
-        scores = np.broadcast_to(scores, (num_beams, vocab_size)) + self.scores[:, None]
-
-        # STEP 2: the best candidates of all beams together, best first
-        flat = scores.ravel()
-        best = largest(flat, self.num_candidates)
-        candidate_scores, parents, tokens = flat[best], best // vocab_size, best % vocab_size
-        raw = np.broadcast_to(logprobs, scores.shape)[parents, tokens]
+        # STEPS 1, 2: score every continuation of every beam; the best of all beams together, best first
+        candidate_scores, parents, tokens, raw = self._candidates(scores, length)
         is_stop = np.isin(tokens, self.stop_ids)
         candidates = Candidates(candidate_scores, parents, tokens, raw, is_stop, is_stop | self._is_last(length))
 
@@ -199,6 +223,19 @@ class BeamSearch(Search):
         if self._is_done(candidates, length):
             return None
         return tokens, parents
+
+    def _candidates(self, scores: Scores, length: int) -> tuple[Array, Array, Array, Array]:
+        """The best continuations, best first: sums of scores, parents, tokens, raw log-probabilities."""
+        if isinstance(scores, Shortlist):
+            banned = self.stop_ids if length - 1 < self.options.min_new_tokens else []
+            return best_of(scores, self.scores, banned, self.num_candidates)
+        num_beams, vocab_size = self.options.num_beams, scores.shape[1]
+        logprobs = log_softmax(scores)  # the first, [1, V], serve all beams
+        sums = process(logprobs.copy(), self.history[: len(scores)], length - 1, self.options, self.stop_ids)
+        flat = (np.broadcast_to(sums, (num_beams, vocab_size)) + self.scores[:, None]).ravel()
+        best = largest(flat, self.num_candidates)
+        parents, tokens = best // vocab_size, best % vocab_size
+        return flat[best], parents, tokens, np.broadcast_to(logprobs, (num_beams, vocab_size))[parents, tokens]
 
     def sequences(self) -> list[TokenSequence]:
         return [s for s in self.finished if s is not None][: self.options.num_return_sequences]
@@ -286,96 +323,28 @@ class LavisBeamSearch(BeamSearch):
         return True
 
 
-def process(
-    scores: Array, history: Array, num_generated: int, options: ResolvedOptions, stop_ids: Sequence[int]
-) -> Array:
-    """Penalties and bans, in place.
+def best_of(found: Shortlist, sums: Array, banned: Sequence[int], size: int) -> tuple[Array, Array, Array, Array]:
+    """The best continuations of beams by the shortlists [1 or K, n] of their rows; of equal ones the first.
 
     Args:
-        scores: [R, V] float32: logits, or log-probabilities in a beam search.
-        history: [R, L] ids seen by each row; those outside the vocabulary are image slots and cannot be generated.
-        num_generated: tokens generated so far.
-        options: resolved options.
-        stop_ids: banned before `min_new_tokens`.
+        found: of every beam, or one that serves all.
+        sums: scores of the beams so far, [K] float32.
+        banned: tokens that are taken out of the race.
+        size: how many.
 
     Returns:
-        `scores`.
-    """
-    vocab_size = scores.shape[1]
-    for row, ids in enumerate(history):
-        if options.repetition_penalty != 1.0:
-            seen = np.unique(ids[(ids >= 0) & (ids < vocab_size)])
-            values = scores[row, seen]
-            penalty = np.float32(options.repetition_penalty)
-            scores[row, seen] = np.where(values < 0, values * penalty, values / penalty)
-        size = options.no_repeat_ngram_size
-        if 0 < size <= len(ids):
-            windows = np.lib.stride_tricks.sliding_window_view(ids, size)
-            repeated = windows[(windows[:, :-1] == ids[len(ids) + 1 - size :]).all(axis=1), -1]
-            scores[row, repeated[(repeated >= 0) & (repeated < vocab_size)]] = -np.inf
-    if num_generated < options.min_new_tokens:
-        scores[:, list(stop_ids)] = -np.inf
-    return scores
-
-
-def warp(scores: Array, options: ResolvedOptions) -> Array:
-    """What sampling does to processed logits [R, V]: temperature, then top-k, then top-p."""
-    if options.temperature != 1.0:
-        scores = scores / np.float32(options.temperature)
-    if 0 < options.top_k < scores.shape[1]:
-        smallest = np.partition(scores, -options.top_k, axis=1)[:, -options.top_k, None]
-        scores = np.where(scores < smallest, np.float32(-np.inf), scores)
-    if options.top_p < 1.0:
-        order = np.argsort(scores, axis=1, kind="stable")
-        cumulative = np.cumsum(probabilities(np.take_along_axis(scores, order, axis=1)), axis=1, dtype=np.float64)
-        unlikely = cumulative.astype(np.float32) <= np.float32(1 - options.top_p)
-        unlikely[:, -1] = False  # the likeliest token stays
-        removed = np.empty_like(unlikely)
-        np.put_along_axis(removed, order, unlikely, axis=1)
-        scores = np.where(removed, np.float32(-np.inf), scores)
-    return scores
-
-
-def probabilities(scores: Array) -> Array:
-    """Softmax over the last axis, float32."""
-    shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
-
-
-def draw(probs: Array, rng: np.random.Generator) -> Array:
-    """One token a row [R] from probabilities [R, V], by inverting the distribution function."""
-    cumulative = np.cumsum(probs, axis=1, dtype=np.float64)
-    thresholds = rng.random(len(probs)) * cumulative[:, -1]
-    return np.array([np.searchsorted(c, t, side="right") for c, t in zip(cumulative, thresholds, strict=True)])
-
-
-def log_softmax(logits: Array) -> Array:
-    """[R, V] float32 -> log-probabilities, rounded in the order in which torch does.
+        Sums of scores, parents, tokens, raw log-probabilities.
 
     Raises:
-        EngineError: the logits hold NaN or infinity.
+        EngineError: the decoder gave NaN or infinite logits.
     """
-    with np.errstate(invalid="ignore"):  # inf - inf, which is refused below
-        shifted = logits - logits.max(axis=1, keepdims=True)
-        logsumexp = np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    if not np.isfinite(logsumexp).all():
-        raise EngineError(
-            "the decoder gave NaN or infinite logits: the engine is damaged or its weights overflow; "
-            "check it with `blip2rt verify ENGINE --model CHECKPOINT`"
-        )
-    return np.asarray(np.subtract(shifted, logsumexp, out=shifted))
-
-
-def largest(scores: Array, size: int) -> Array:
-    """Indices of the `size` largest scores [N] (all, where N is smaller), best first; of equal ones the first.
-
-    As many blocks have a maximum that is no less than `least`, so no score below it can be among them: one pass of
-    comparisons is left to do where a partition would take ten times as long.
-    """
-    blocks = scores[: scores.size // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
-    least = np.partition(blocks, -size)[-size] if size <= blocks.size else -np.inf
-    among = np.flatnonzero(scores >= least)
-    return np.asarray(among[np.lexsort((among, -scores[among]))][:size])
+    check_finite(found.logprobs[:, 0])
+    shape = (len(sums), found.tokens.shape[1])
+    tokens, logprobs = (np.broadcast_to(values, shape).ravel() for values in (found.tokens, found.logprobs))
+    parents = np.repeat(np.arange(shape[0]), shape[1])
+    scores = np.where(np.isin(tokens, banned), np.float32(-np.inf), logprobs) + sums[parents]
+    order = np.lexsort((tokens, parents, -scores))[:size]
+    return scores[order], parents[order], tokens[order], logprobs[order]
 
 
 def _length_divisor(length: int, options: ResolvedOptions) -> float:

@@ -51,7 +51,9 @@ class Walk:
         tokens = self.rng.integers(0, self.model.config.text.vocab_size, (len(self.sequences), self.num_rows))
         for b, rows in enumerate(self.sequences):
             self.sequences[b] = [[*rows[parent], int(tokens[b, r])] for r, parent in enumerate(parents[b])]
-        return self.decoder.step(tokens, np.asarray(parents)).copy()
+        logits = self.decoder.step(tokens, np.asarray(parents))
+        assert isinstance(logits, np.ndarray)
+        return logits.copy()
 
     def random_parents(self, most: int) -> list[list[int]]:
         """Parents among the first `most` rows."""
@@ -78,6 +80,7 @@ def test_tree_equals_full_recompute(long_model: tuple[Path, Blip2]) -> None:
     """Beams that change places, images at different lengths, dropped rows and grown capacities move no logit."""
     walk = Walk(*long_model, num_images=3, num_rows=5)
     logits = walk.decoder.prefill()
+    assert isinstance(logits, np.ndarray)
     for b in range(3):
         np.testing.assert_allclose(logits[b, 0], walk.recomputed(b, 0), rtol=1e-4, atol=2e-4)
     for step in range(60):

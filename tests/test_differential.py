@@ -25,8 +25,8 @@ from transformers.utils import logging
 
 from blip2rt import Generation, Pipeline
 from blip2rt.export import export_engine
+from blip2rt.logits import probabilities, process, warp
 from blip2rt.options import ResolvedOptions
-from blip2rt.search import probabilities, process, warp
 
 Array = np.ndarray[Any, Any]
 Options = dict[str, Any]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from blip2rt.errors import EngineError
+from blip2rt.logits import draw, largest, log_softmax, probabilities, process, warp
 from blip2rt.options import ResolvedOptions
-from blip2rt.search import (
-    TokenSequence,
-    draw,
-    largest,
-    log_softmax,
-    probabilities,
-    process,
-    run_searches,
-    start_search,
-    warp,
-)
+from blip2rt.search import Shortlist, TokenSequence, run_searches, shortlist_size, start_search
 
 Array = np.ndarray[Any, Any]
 MEMORY = 3  # last tokens that a table model looks at
@@ -85,6 +77,25 @@ class TableDecoder:
         assert all(place <= image for place, image in enumerate(images))
         self.models = [self.models[image] for image in images]
         self.rows = [self.rows[image] for image in images]
+
+
+class ShortlistDecoder(TableDecoder):
+    """Gives the likeliest tokens of every row, as a GPU does."""
+
+    def __init__(self, models: list[TableModel], prompts: list[list[int]], num_rows: int, size: int):
+        super().__init__(models, prompts, num_rows)
+        self.size = size
+
+    def prefill(self) -> Shortlist:  # type: ignore[override]
+        return self._shortened(super().prefill())
+
+    def step(self, tokens: Array, parents: Array) -> Shortlist:  # type: ignore[override]
+        return self._shortened(super().step(tokens, parents))
+
+    def _shortened(self, logits: Array) -> Shortlist:
+        logprobs = np.stack([log_softmax(rows) for rows in logits])
+        best = np.argsort(-logprobs, axis=2, kind="stable")[:, :, : self.size]
+        return Shortlist(best, np.take_along_axis(logprobs, best, axis=2))
 
 
 class TableConfig(PretrainedConfig):
@@ -254,6 +265,27 @@ def test_images_that_end_at_different_times(
         assert found.sequences() == search(table, prompt, options, stop_ids)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    seeds, search_options(), st.integers(8, 40), st.sets(st.integers(0, 4)), st.sampled_from(["transformers", "lavis"])
+)
+def test_a_shortlist_is_enough(
+    seed: int, options: ResolvedOptions, vocab_size: int, stop_ids: set[int], rules: str
+) -> None:
+    """Catches a shortlist that is too short for beams, stop tokens and bans; equal logits are among the tables'."""
+    options = replace(options, repetition_penalty=1.0, no_repeat_ngram_size=0, rules=rules)
+    table, stops = TableModel(seed, vocab_size), sorted(stop_ids)
+    table.table = np.round(table.table)
+    size = shortlist_size(options, stops)
+    assert size is not None
+    found = start_search(options, [3, 1], stops)
+    for _ in run_searches(ShortlistDecoder([table], [[3, 1]], options.num_rows, min(size, vocab_size)), [found]):
+        pass
+    assert found.sequences() == search(table, [3, 1], options, stops)
+    for changed in ({"repetition_penalty": 1.1}, {"no_repeat_ngram_size": 2}, {"do_sample": True}):
+        assert shortlist_size(replace(options, **changed), stops) is None
+
+
 def test_search_knows_three_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a search that reaches into the decoder: then no other decoder could take its place."""
     used = set()
@@ -290,6 +322,10 @@ def test_logits_that_are_no_numbers(value: float, options: ResolvedOptions) -> N
         logits[-1, 4] = value
         with pytest.raises(EngineError, match="verify"):
             found.advance(logits)
+    if not options.do_sample:  # log-probabilities of such logits are no numbers at all
+        shortlist = Shortlist(np.zeros((1, 4), np.int64), np.full((1, 4), np.nan, np.float32))
+        with pytest.raises(EngineError, match="verify"):
+            start_search(options, [0], [1]).advance(shortlist)
 
 
 @st.composite

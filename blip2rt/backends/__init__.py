@@ -29,7 +29,14 @@ class Binding(Protocol):
 
 
 class Stage(Protocol):
-    """One engine, ready to run. Safe to call from several threads."""
+    """One engine, ready to run. Safe to call from several threads.
+
+    Attributes:
+        shortens: whether a binding of a decoder can give `best_tokens` and `best_logprobs` [B, R, n], the likeliest of
+            every row and best first, in the place of `logits`.
+    """
+
+    shortens: bool
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once; inputs and outputs by the names of `stages.py`."""

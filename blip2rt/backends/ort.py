@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 class Stage:
     """One engine, ready to run. Safe to call from several threads."""
 
+    shortens = False  # the logits lie in this memory already
+
     def __init__(self, name: str, path: Path, threads: int | None = None):
         """Open an engine.
 

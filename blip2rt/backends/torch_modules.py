@@ -88,6 +88,8 @@ def within(values: Tensor, dtype: torch.dtype) -> Tensor:
 class Stage:
     """A module with the signature of a stage."""
 
+    shortens = True
+
     def __init__(self, name: str, module: nn.Module, spec: StageSpec, dtype: torch.dtype, device: torch.device):
         self.name, self.module, self.spec, self.dtype, self.device = name, module, spec, dtype, device
 
@@ -179,4 +181,8 @@ class Binding:
                 inputs[i] = CacheInPlace(inputs[i])
         outputs = self._stage.module(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
+        results = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
+        if (best := self._outputs.get("best_tokens")) is not None:
+            logprobs = results["logits"].float().log_softmax(-1)
+            results["best_logprobs"], results["best_tokens"] = logprobs.topk(best.shape[-1])
+        return results

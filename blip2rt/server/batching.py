@@ -21,7 +21,7 @@ from ..generative import Prompt
 from ..options import ResolvedOptions
 from ..pipeline import Pipeline
 from ..results import Generation
-from ..search import Search, TokenSequence, run_searches, start_search
+from ..search import Scores, Search, TokenSequence, run_searches, start_search
 from .metrics import Metrics
 
 Array = np.ndarray[Any, Any]
@@ -75,10 +75,10 @@ class _Watched(Search):
     def __init__(self, search: Search, job: Job, decode: Callable[[list[int]], str]):
         self._search, self._job, self._decode = search, job, decode
 
-    def advance(self, logits: Array) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
         if self._job.is_gone:
             return None
-        move = self._search.advance(logits)
+        move = self._search.advance(scores)
         if self._job.on_text:
             self._tell(self._job.on_text, is_last=move is None)
         return move
