@@ -11,12 +11,13 @@ from test_repeat import OPT, QFORMER_SIZES, T5, VISION
 
 from blip2rt.backends.ort import session_options
 from blip2rt.export.fuse_attention import fuse_attention
-from blip2rt.export.graphs import stage_specs, trace_stage
+from blip2rt.export.graphs import trace_stage
 from blip2rt.export.lower import lower
 from blip2rt.export.pieces import IR_VERSION
 from blip2rt.export.verify import _decoder_inputs
 from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.config import OPTConfig, T5Config
+from blip2rt.model.signatures import stage_specs
 from blip2rt.native import library_path, twin
 from blip2rt.stages import DECODER, StageSpec
 

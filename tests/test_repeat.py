@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from blip2rt.export import graphs
-from blip2rt.export.graphs import stage_specs, trace_stage
+from blip2rt.export.graphs import trace_stage
 from blip2rt.export.pieces import IR_VERSION
 from blip2rt.export.repeat import Shortened, shorten
 from blip2rt.export.verify import _decoder_inputs, _encoder_inputs, _random_inputs
 from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.config import OPTConfig, QFormerConfig, T5Config, VisionConfig
+from blip2rt.model.signatures import stage_specs
 from blip2rt.stages import DECODER, ENCODER, QFORMER
 
 VISION = VisionConfig(24, 30, 1, 2, 28, 14)

@@ -18,13 +18,14 @@ from ..manifest import CPU, GENERATIVE, RETRIEVAL, TORCH, ImageSpec, Manifest, S
 from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
 from ..model.retrieval import stored_name
+from ..model.signatures import stage_specs
 from ..model.sources import find_directory
 from ..model.weight_files import read_json
 from ..native import library_path
 from ..progress import Progress
 from ..stages import StageSpec
 from .fuse_attention import fuse_attention
-from .graphs import stage_specs, trace_stage
+from .graphs import trace_stage
 from .lower import lower
 from .modules import write_modules
 from .quantize import quantize

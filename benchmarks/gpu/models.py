@@ -1,0 +1,213 @@
+"""The two models that are measured: one set of random weights, ours as stages, and transformers' own classes."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Blip2Config as TheirConfig
+from transformers import Blip2ForConditionalGeneration
+
+from blip2rt.backends.torch_modules import Stage
+from blip2rt.decoder import CachedDecoder, lay_out_rows
+from blip2rt.model import Blip2, Blip2Config
+from blip2rt.model.names import TRANSFORMERS, Names
+from blip2rt.model.signatures import stage_specs
+from blip2rt.options import ResolvedOptions
+from blip2rt.search import Shortlist, run_searches, shortlist_size, start_search
+from blip2rt.stages import DECODER, QFORMER, VISION, cache_names
+
+Array = np.ndarray[Any, Any]
+
+IMAGE = 5  # the token that stands for a query slot
+BEGIN = [2, 7, 11, 13]  # BOS and three words
+
+
+def make_models(
+    vision: Mapping[str, Any],
+    qformer: Mapping[str, Any],
+    text: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple["Ours", "Transformers"]:
+    """Both models on the device, over the same weights."""
+    qformer = {**qformer, "encoder_hidden_size": vision.get("hidden_size", 1408)}
+    theirs = TheirConfig(vision_config=dict(vision), qformer_config=qformer, text_config={"model_type": "opt", **text})
+    theirs.image_token_index = IMAGE
+    config = Blip2Config.from_transformers(theirs.to_dict())
+    with torch.device("meta"):
+        model = Blip2(config)
+        peer = Blip2ForConditionalGeneration(theirs)
+    model = model.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0, 0.02, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.add_(1)
+    names = Names(TRANSFORMERS, "opt")
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        keys = names(name)
+        weights |= {key: part for key, part in zip(keys, parameter.chunk(len(keys)), strict=True) if key is not None}
+    shapes = {name: value.shape for name, value in peer.state_dict().items()}
+    missing, _ = peer.load_state_dict(
+        {name: weights[name].reshape(shapes[name]) for name in shapes.keys() & weights.keys()},
+        strict=False,
+        assign=True,
+    )
+    peer.tie_weights()
+    left = [name for name, parameter in peer.named_parameters() if parameter.is_meta]
+    if left:
+        raise RuntimeError(f"transformers' model has weights that ours lacks: {left[:3]} (missing: {missing[:3]})")
+    return Ours(model, config, device, dtype), Transformers(peer.eval().requires_grad_(False), device, dtype)
+
+
+class Ours:
+    """The stages of blip2rt, the search on the host."""
+
+    def __init__(self, model: Blip2, config: Blip2Config, device: torch.device, dtype: torch.dtype):
+        self.config, self.device, self.dtype = config, device, dtype
+        self._model, self._specs = model, stage_specs(config)
+        self._stages = {
+            name: Stage(name, model.get_submodule(name), spec, dtype, device) for name, spec in self._specs.items()
+        }
+
+    def pixels(self, batch: int) -> Array:
+        """Random pixel values [B, 3, S, S]."""
+        size = self.config.vision.image_size
+        return np.random.default_rng(batch).standard_normal((batch, 3, size, size), dtype=np.float32)
+
+    def captions(self, pixels: Array, beams: int, new_tokens: int) -> list[list[int]]:
+        """Token ids of the best caption of every picture, all of one length."""
+        image_embeds = self._stages[VISION](pixel_values=pixels)["image_embeds"]
+        prefix = self._stages[QFORMER](image_embeds=image_embeds)["prefix"]
+        options = ResolvedOptions(num_beams=beams, max_new_tokens=new_tokens, min_new_tokens=new_tokens)
+        searches = [start_search(options, BEGIN, []) for _ in pixels]
+        for _ in run_searches(self._decoder(prefix, beams, new_tokens, shortlist_size(options, [])), searches):
+            pass
+        return [search.sequences()[0].token_ids for search in searches]
+
+    def logits(self, pixels: Array) -> Array:
+        """Of the first token, [B, V]."""
+        image_embeds = self._stages[VISION](pixel_values=pixels)["image_embeds"]
+        prefix = self._stages[QFORMER](image_embeds=image_embeds)["prefix"]
+        found = self._decoder(prefix, 1, 1, None).prefill()
+        assert not isinstance(found, Shortlist)
+        return np.asarray(found[:, 0])
+
+    @torch.inference_mode()
+    def float32_logits(self, pixels: Array) -> Array:
+        """Of the first token, [B, V], by the reference in float32, stage by stage."""
+        inputs = torch.from_numpy(pixels).to(self.device)
+        image_embeds = _in_float32(self._model.vision, lambda module: module(inputs))
+        _, prefix = _in_float32(self._model.qformer, lambda module: module(image_embeds))
+        batch, queries, rows = len(pixels), prefix.shape[1], prefix.shape[1] + len(BEGIN)
+        laid, ids = lay_out_rows(prefix.cpu().numpy(), [BEGIN] * batch, rows)
+        causal = torch.full((rows, rows), torch.finfo(torch.float32).min, device=self.device).triu(1)
+
+        def decode(module: nn.Module) -> Any:
+            return module(
+                torch.from_numpy(laid).to(self.device),
+                torch.from_numpy(ids).to(self.device),
+                torch.arange(rows, device=self.device).expand(batch, -1),
+                torch.zeros(batch, dtype=torch.int64, device=self.device),
+                causal.expand(batch, 1, -1, -1),
+                torch.full((batch, 1), rows - 1, device=self.device),
+                *[None] * (2 * len(self._model.decoder.blocks)),
+            )
+
+        assert queries == self.config.num_query_tokens
+        logits: Array = _in_float32(self._model.decoder, decode)[0][:, 0].cpu().numpy()
+        return logits
+
+    def bound_vision(self, pixels: Array) -> Callable[[], None]:
+        """The image encoder on bound pixel values; what it gives stays on the device."""
+        binding = self._stages[VISION].bind()
+        binding.input("pixel_values", pixels)
+        return binding.run
+
+    def bound_prefill(self, batch: int) -> Callable[[], object]:
+        """The prefix of a batch of pictures through the language model."""
+        decoder = self._decoder(self._prefix(batch), 1, 2, 1)
+        return decoder.prefill
+
+    def bound_step(self, batch: int, rows: int) -> Callable[[], None]:
+        """A step behind the prefix, again and again at the same place: its work and its bytes are always the same."""
+        spec = self._specs[DECODER]
+        sizes = {"B": batch, "S": rows, "R": rows, "C": 64}
+        binding = self._stages[DECODER].bind()
+        for tensor in spec.inputs:
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+            is_cache = tensor.name.startswith("past_")
+            dtype = np.int64 if tensor.dtype == "int64" else np.float32
+            binding.input(tensor.name, self._stages[DECODER].zeros(shape) if is_cache else np.zeros(shape, dtype))
+        for name in cache_names(len(self._model.decoder.blocks), "present"):
+            assert any(tensor.name == name for tensor in spec.outputs)
+        shape = (batch, rows, 2 * rows)
+        binding.output("best_tokens", np.empty(shape, np.int64))
+        binding.output("best_logprobs", np.empty(shape, np.float32))
+        return binding.run
+
+    def _prefix(self, batch: int) -> Array:
+        shape = (batch, self.config.num_query_tokens, self.config.text.hidden_size)
+        return np.random.default_rng(batch).standard_normal(shape, dtype=np.float32)
+
+    def _decoder(self, prefix: Array, rows: int, new_tokens: int, shortlist: int | None) -> CachedDecoder:
+        prompts = [BEGIN] * len(prefix)
+        stage, spec = self._stages[DECODER], self._specs[DECODER]
+        return CachedDecoder(stage, spec, prefix, prompts, rows, new_tokens, None, shortlist)
+
+
+def _in_float32(module: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
+    """What a module gives with its weights as float32; they are put back afterwards."""
+    kept = {name: parameter.data for name, parameter in module.named_parameters()}
+    try:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+        return run(module)
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = kept[name]
+
+
+class Transformers:
+    """transformers' own model and search."""
+
+    def __init__(self, model: Blip2ForConditionalGeneration, device: torch.device, dtype: torch.dtype):
+        self._model, self._device, self._dtype = model, device, dtype
+        self._more: dict[str, Any] = {}
+
+    def compile(self) -> None:
+        """From now on with a static cache and compiled steps, as transformers offers it."""
+        self._more = {"cache_implementation": "static"}
+        self._model.language_model.forward = torch.compile(
+            self._model.language_model.forward, mode="reduce-overhead", fullgraph=False
+        )
+
+    @torch.inference_mode()
+    def captions(self, pixels: Array, beams: int, new_tokens: int) -> list[list[int]]:
+        """Token ids of the best caption of every picture, all of one length."""
+        found: Any = self._model.generate(
+            **self._inputs(pixels),
+            num_beams=beams,
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            pad_token_id=1,
+            **self._more,
+        )
+        rows: list[list[int]] = found[:, -new_tokens:].tolist()
+        return rows
+
+    @torch.inference_mode()
+    def logits(self, pixels: Array) -> Array:
+        """Of the first token, [B, V]."""
+        found: Array = self._model(**self._inputs(pixels)).logits[:, -1].float().cpu().numpy()
+        return found
+
+    def _inputs(self, pixels: Array) -> dict[str, Any]:
+        queries = self._model.config.num_query_tokens
+        ids = torch.tensor([[IMAGE] * queries + BEGIN] * len(pixels), device=self._device)
+        images = torch.from_numpy(pixels).to(self._device, self._dtype)
+        return {"pixel_values": images, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
