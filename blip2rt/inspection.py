@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine_directory import find_engine
-from .manifest import NATIVE, Manifest
+from .manifest import NATIVE, TORCH, Manifest
 from .native import native_path
 from .stages import TensorSpec
 
@@ -50,7 +50,7 @@ class Description:
         lines = [
             f"{self.directory}: {manifest.kind} engine, {manifest.precision} on {manifest.device}",
             f"source      {manifest.source_id} (sha256 {manifest.source_sha256[:16]}...)",
-            f"kernels     {manifest.kernels}" + (f", here: {self._path()}" if manifest.kernels == NATIVE else ""),
+            f"kernels     {self._kernels()}",
             f"parameters  {total / 1e6:,.2f} M",
             f"image       {manifest.image.size} x {manifest.image.size} px",
             f"tokens      BOS {manifest.tokens.bos}, stop {list(manifest.tokens.stop)}, pad {manifest.tokens.pad}",
@@ -79,6 +79,12 @@ class Description:
             notes.append(f"left out    {len(names)} tensors that the checkpoint's own code does not use: {shown}")
         return notes
 
+    def _kernels(self) -> str:
+        """What computes here."""
+        if self.manifest.device == TORCH:
+            return "those of torch, on a GPU where there is one"
+        return self.manifest.kernels + (f", here: {self._path()}" if self.manifest.kernels == NATIVE else "")
+
     def _path(self) -> str | None:
         """Which path of the native kernels runs here; None for an engine without them."""
         if self.manifest.kernels != NATIVE:
@@ -86,8 +92,12 @@ class Description:
         return native_path() or "missing, install blip2rt where there is a C++ compiler"
 
     def _bytes(self, stage: str) -> int:
-        graph = self.manifest.stages[stage].file
-        return sum(self.manifest.files[name].size for name in (graph, str(Path(graph).with_suffix(".data"))))
+        """Of the files of a stage; its share of the one file that all stages have on torch."""
+        manifest, file = self.manifest, self.manifest.stages[stage].file
+        if manifest.device == TORCH:
+            share = manifest.parameters.get(stage, 0) / max(1, sum(manifest.parameters.values()))
+            return round(share * manifest.files[file].size)
+        return sum(manifest.files[name].size for name in (file, str(Path(file).with_suffix(".data"))))
 
 
 def describe_engine(path: str | Path, name: str | None = None) -> Description:

@@ -114,7 +114,7 @@ def test_wrong_calls(tiny_engine: Path, tiny_retrieval_engine: Path, tmp_path: P
     with pytest.raises(InputError, match="give images"):
         processor()
     assert str(processor.num_query_tokens) in repr(processor)
-    with pytest.raises(InputError, match="runs on the CPU"):
+    with pytest.raises(InputError, match="come out on the CPU, not on cuda: an engine of"):
         model.to("cuda")
     assert model.to(torch.float32) is model
     with pytest.raises(NotImplementedError, match="generate"):

@@ -3,6 +3,7 @@
 Here they run on the CPU. CUDA graphs, and what a GPU rounds otherwise, these tests do not see.
 """
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -129,6 +130,11 @@ def test_verify_and_damage(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest
     """Each piece is compared in the engine's precision; a weight that changed is found and named."""
     engine = export_engine(tiny_checkpoint, tmp_path / "torch", device="torch", precision="bf16")
     assert all(comparison.first_divergence is None for comparison in verify_engine(engine, tiny_checkpoint))
+    assert main(["inspect", str(engine), "--json"]) == 0
+    sizes = json.loads(capsys.readouterr().out)["bytes"]
+    assert sum(sizes.values()) == pytest.approx((engine / "weights.safetensors").stat().st_size, abs=3)
+    assert main(["inspect", str(engine)]) == 0
+    assert "bf16 on torch" in capsys.readouterr().out
     weights = engine / "weights.safetensors"
     content = bytearray(weights.read_bytes())
     weights.write_bytes(content[:-10])

@@ -13,6 +13,7 @@ from typing import Any
 
 Table = dict[str, Any]
 WIDTH, HEIGHT, MARGIN, TITLE = 300, 150, 34, 22  # of one curve's panel, in pixels of the SVG
+ACROSS = 5  # panels side by side
 COLORS = ("#1f5fbf", "#c2571a", "#12702b", "#7b3fa0", "#5f6368")
 NO_LOSSES = ("step", "learning_rate", "gradient_norm", "bad_records", "seconds")
 SMOOTH = 0.05  # a curve is a mean over so large a part of its points
@@ -139,10 +140,11 @@ def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 def draw_curves(logs: Mapping[str, Sequence[Table]]) -> str:
     """A panel for each stage: its losses over its steps, smoothed."""
     panels = [draw_panel(stage, log) for stage, log in logs.items()]
-    step = WIDTH + MARGIN
-    width, height = step * len(panels) + MARGIN, HEIGHT + TITLE + 2 * MARGIN
+    right, down = WIDTH + MARGIN, HEIGHT + TITLE + 2 * MARGIN
+    width, height = right * min(ACROSS, len(panels)) + MARGIN, down * -(-len(panels) // ACROSS)
     groups = "\n".join(
-        f'<g transform="translate({MARGIN + i * step},{TITLE + 6})">\n{panel}\n</g>' for i, panel in enumerate(panels)
+        f'<g transform="translate({MARGIN + i % ACROSS * right},{TITLE + 6 + i // ACROSS * down})">\n{panel}\n</g>'
+        for i, panel in enumerate(panels)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '

@@ -10,7 +10,7 @@ from transformers import Blip2Config, GenerationConfig
 
 from ..errors import InputError
 from ..generative import Prompt
-from ..manifest import Manifest
+from ..manifest import TORCH, Manifest
 from ..options import GenerationOptions, ResolvedOptions, resolve_options
 from ..pipeline import GENERATE_DEFAULTS, Pipeline
 from ..results import Generation
@@ -94,7 +94,9 @@ class EngineModel:
         """
         device = keywords.get("device", next((a for a in args if isinstance(a, str | int | torch.device)), None))
         if device is not None and torch.device(device).type != "cpu":
-            raise InputError(f"this engine runs on the CPU, not on {device}: build one for that device")
+            is_torch = self.pipe.generative_engine.manifest.device == TORCH
+            which = "this engine" if is_torch else "an engine of `blip2rt export --device torch`"
+            raise InputError(f"tensors go in and come out on the CPU, not on {device}: {which} uses a GPU by itself")
         return self
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
