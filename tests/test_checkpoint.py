@@ -342,7 +342,7 @@ def test_hub_gives_each_weight_once(kinds: set[str], copy: Path, monkeypatch: py
         return str(copy)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert Checkpoint("organisation/blip2").source_id == "organisation/blip2"
+    assert Checkpoint("organisation/blip2").directory == copy
     assert ("*.safetensors" in asked, "*.bin" in asked) == (".safetensors" in kinds, ".safetensors" not in kinds)
 
 

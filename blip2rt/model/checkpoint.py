@@ -45,7 +45,7 @@ class Checkpoint:
         names: what its format calls our parameters.
         tensors: what is stored, under the names of this package.
         directory: where its processor and, unless the caller names another, its tokenizer lie; None: nowhere.
-        name, source_id: its name as that of a folder; its hub id, or the name of its directory or file.
+        name: its name as that of a folder.
         left_out: stored tensors that the model does not use on purpose: blocks behind the last one that counts, and
             what an image encoder's own file holds of its pretraining.
     """
@@ -64,7 +64,7 @@ class Checkpoint:
         """
         self.source = source if isinstance(source, CheckpointSource) else CheckpointSource(source)
         opened = open_source(self.source)
-        self.directory, self.name, self.source_id = opened.directory, opened.name, opened.source_id
+        self.directory, self.name = opened.directory, opened.name
         self.config_json, self.tensors, self.contents = opened.config_json, opened.tensors, opened.contents
         self._label = str(self.source.model if opened.contents.format != TRANSFORMERS else opened.directory)
         self._stored = self._read_config()

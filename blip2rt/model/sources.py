@@ -80,7 +80,6 @@ class Opened:
     config_json: dict[str, Any]
     directory: Path | None
     name: str
-    source_id: str
     llm_json: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,8 +106,7 @@ def _open_directory(source: CheckpointSource) -> Opened:
             f"({tensors.place(min(tensors.shapes))}): pass the file itself to --model"
         )
     _refuse_superfluous(source, {"config": "has its own config.json", "vision": "is whole", "llm": "is whole"})
-    hub_id = str(source.model) if not Path(source.model).exists() else directory.name
-    return Opened(contents, tensors, read_json(directory / "config.json"), directory, directory.name, hub_id)
+    return Opened(contents, tensors, read_json(directory / "config.json"), directory, directory.name)
 
 
 def _open_file(path: Path, source: CheckpointSource) -> Opened:
@@ -138,7 +136,7 @@ def _open_file(path: Path, source: CheckpointSource) -> Opened:
         _add_vision(tensors, Path(source.vision), contents.format)
     llm, llm_json = (None, {}) if source.llm is None else _add_language_model(tensors, source.llm)
     assert source.config is not None
-    return Opened(contents, tensors, read_config(source.config), llm, path.stem, path.name, llm_json)
+    return Opened(contents, tensors, read_config(source.config), llm, path.stem, llm_json)
 
 
 def _refuse_superfluous(source: CheckpointSource, reasons: Mapping[str, str]) -> None:
