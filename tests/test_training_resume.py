@@ -64,15 +64,15 @@ def run_sittings(jobs: list[tuple[list[str], list[int]]]) -> list[list[int]]:
 
 
 def train_together(arguments: list[str], kill_after: int | None = None) -> str:
-    """A training in two processes, killed as soon as its log has so many rows; what they said."""
+    """A training in two processes, killed as soon as its log has so many rows; what they said. No GPU is seen."""
     output = Path(next(a for a in arguments if a.startswith("output=")).removeprefix("output="))
     port = str(random.Random(f"{os.getpid()} {output} {kill_after}").randint(20_000, 60_000))
     places = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(REPOSITORY / "training" / "train.py"), *arguments],
+            [sys.executable, str(REPOSITORY / "training" / "train.py"), *(a for a in arguments if a != "--cpu")],
             env=os.environ
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             | places,
             stderr=subprocess.PIPE,
             text=True,

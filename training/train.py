@@ -151,7 +151,14 @@ def start_processes(recipe: Recipe, on_cpu: bool) -> Accelerator:
     # Some parameters have no part in some losses: a question's rows end before the last block's feed-forward layer.
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     precision = "bf16" if recipe.run.precision == "bf16" else "no"
+    on_cpu |= not torch.accelerator.is_available()  # else accelerate joins no processes on a CPU
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=[ddp])
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise InputError(
+            f"{started} processes were started and {accelerator.num_processes} train together: each goes its own way "
+            "in one folder; start them with torchrun or `accelerate launch`"
+        )
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_CPU,
