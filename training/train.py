@@ -143,6 +143,10 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
         built.save(folder.checkpoint)
         print(f"wrote {folder.checkpoint}" + (f"; {bad}" if bad.count else ""), file=sys.stderr)
     accelerator.wait_for_everyone()
+    # DDP must not be the last that holds the group of processes: its end holds Python's lock while it waits for gloo's
+    # thread, which may want that lock to let go of the barrier above
+    del module
+    accelerator.free_memory()
     accelerator.end_training()
 
 
