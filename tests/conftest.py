@@ -41,8 +41,7 @@ ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # 
 
 CheckpointMaker = Callable[..., Path]
 
-# of few tests, and minutes long: begun first, so that no core waits for one of them at the end. Not test_training.py,
-# which trains in this process: that leaves torch with another attention, and exports with other last bits
+# of few tests, and minutes long: begun first, so that no core waits for one of them at the end
 LONG_FILES = ("test_train_small.py", "test_training_resume.py", "test_torch_device.py")
 
 

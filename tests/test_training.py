@@ -34,13 +34,17 @@ Train = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def program() -> ModuleType:
+def program() -> Iterator[ModuleType]:
+    """training/train.py in this process; what it sets for all of torch is put back for the files that come after."""
     spec = importlib.util.spec_from_file_location("train_program", REPOSITORY / "training" / "train.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module
+    has_flash, is_deterministic = torch.backends.cuda.flash_sdp_enabled(), torch.are_deterministic_algorithms_enabled()
+    yield module
+    torch.backends.cuda.enable_flash_sdp(has_flash)
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def captions() -> list[str]:

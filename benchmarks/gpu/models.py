@@ -16,7 +16,7 @@ from blip2rt.model.names import TRANSFORMERS, Names
 from blip2rt.model.signatures import stage_specs
 from blip2rt.options import ResolvedOptions
 from blip2rt.search import Shortlist, run_searches, shortlist_size, start_search
-from blip2rt.stages import DECODER, QFORMER, VISION, cache_names
+from blip2rt.stages import DECODER, QFORMER, VISION
 
 Array = np.ndarray[Any, Any]
 
@@ -102,7 +102,7 @@ class Ours:
         inputs = torch.from_numpy(pixels).to(self.device)
         image_embeds = _in_float32(self._model.vision, lambda module: module(inputs))
         _, prefix = _in_float32(self._model.qformer, lambda module: module(image_embeds))
-        batch, queries, rows = len(pixels), prefix.shape[1], prefix.shape[1] + len(BEGIN)
+        batch, rows = len(pixels), prefix.shape[1] + len(BEGIN)
         laid, ids = lay_out_rows(prefix.cpu().numpy(), [BEGIN] * batch, rows)
         causal = torch.full((rows, rows), torch.finfo(torch.float32).min, device=self.device).triu(1)
 
@@ -117,7 +117,6 @@ class Ours:
                 *[None] * (2 * len(self._model.decoder.blocks)),
             )
 
-        assert queries == self.config.num_query_tokens
         logits: Array = _in_float32(self._model.decoder, decode)[0][:, 0].cpu().numpy()
         return logits
 
@@ -142,8 +141,6 @@ class Ours:
             is_cache = tensor.name.startswith("past_")
             dtype = np.int64 if tensor.dtype == "int64" else np.float32
             binding.input(tensor.name, self._stages[DECODER].zeros(shape) if is_cache else np.zeros(shape, dtype))
-        for name in cache_names(len(self._model.decoder.blocks), "present"):
-            assert any(tensor.name == name for tensor in spec.outputs)
         shape = (batch, rows, 2 * rows)
         binding.output("best_tokens", np.empty(shape, np.int64))
         binding.output("best_logprobs", np.empty(shape, np.float32))
