@@ -91,8 +91,8 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
 
     bar = Progress(recipe.stage, run.steps, log_seconds=30 if accelerator.is_main_process else None)
     bar.advance(state["step"])
+    start = perf_counter()
     for step in range(state["step"] + 1, run.steps + 1):
-        start = perf_counter()
         rate = learning_rate(step - 1, run.steps, rates)
         set_rate(optimizers, rate)
         names: list[str] = []
@@ -125,9 +125,10 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
             means = {name: float(accelerator.reduce(total, "mean")) for name, total in totals.items()}
             row = {"step": step, **means, "learning_rate": rate, "gradient_norm": norm, "bad_records": bad.count}
             if board is not None:
-                folder.log(row | {"seconds": round(perf_counter() - start, 3)})
+                folder.log(row | {"seconds": round(perf_counter() - start, 3)})  # since the row before
                 for name, value in row.items():
                     board.add_scalar(name, value, step)
+            start = perf_counter()
         if step % run.save_every == 0 or step == run.steps:
             # by all: each process has its own place in the streams
             positions = gather(accelerator, batch.positions)

@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from time import perf_counter
 
 import torch
 
@@ -149,19 +148,17 @@ class Chain:
         return settings
 
     def _train(self, recipe_file: Path, folder: Path, settings: Sequence[str]) -> None:
-        begun = folder / "states"
-        start, is_resumed = perf_counter(), begun.is_dir() and any(begun.iterdir())
         together = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", self._processes)
         call(*(together if self._processes > 1 else ()), HERE / "train.py", recipe_file, *settings)
         weights = folder / "checkpoint" / "model.safetensors"
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
         facts = {
             "recipe": recipe_file.name,
             "seed": read_recipe(recipe_file).seed,
             "commit": commit(),
             "processes": self._processes,
             "precision": self._precision,
-            "minutes": round((perf_counter() - start) / 60, 1),
-            "minutes are of": "the last sitting" if is_resumed else "all steps",
+            "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),  # of all sittings
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
         }
         (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n", "utf-8")

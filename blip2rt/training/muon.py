@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .precision import fast_precision
 from .sharding import full, spread
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -72,7 +73,7 @@ def shared_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
 def orthogonal(matrix: Tensor) -> Tensor:
     """Near U V' of the matrix's U S V': singular values come to between about 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    x = matrix.to(torch.bfloat16 if fast_precision(matrix.device) == "bf16" else torch.float32)
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x
     x = x / x.norm().clamp(min=1e-7)

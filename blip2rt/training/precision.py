@@ -1,8 +1,11 @@
 """Which precision a device is fast in."""
 
+from functools import cache
+
 import torch
 
 
+@cache
 def fast_precision(device: torch.device) -> str:
     """`run.precision` for a device: bf16 where it has instructions for it.
 
