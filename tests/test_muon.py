@@ -34,7 +34,7 @@ def trained(steps: int = 4, kind: Callable[..., torch.optim.Optimizer] = Muon, *
 
 
 def test_steps_are_those_of_torch() -> None:
-    """It rounds to bfloat16 in the iteration, and this one does not."""
+    """It rounds to bfloat16 in the iteration; this one only where that is fast."""
     expected = trained(kind=torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
     for ours, theirs, start in zip(trained(), expected, trained(steps=0), strict=True):
         assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()
@@ -49,7 +49,9 @@ def test_directions_keep_singular_vectors(rows: int, columns: int, scale: float,
     s = s / s.norm()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert (orthogonal(matrix) - (u * s) @ v).abs().max() < 1e-3
+    expected = (u * s) @ v
+    assert (orthogonal(matrix, torch.float32) - expected).abs().max() < 1e-3
+    assert (orthogonal(matrix, torch.bfloat16) - expected).norm() < 0.1 * expected.norm()
 
 
 def trained_together(rank: int) -> list[Tensor]:

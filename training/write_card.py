@@ -90,7 +90,9 @@ def thin(log: Sequence[Table], points: int = 100) -> list[Table]:
     """At most about so many rows, the last one among them, without what only the run itself needs."""
     every = max(1, len(log) // points)
     kept = [*log[:-1:every], log[-1]]
-    return [{key: round(value, 5) for key, value in row.items() if key not in ("bad_records", "seconds")} for row in kept]
+    return [
+        {key: round(value, 5) for key, value in row.items() if key not in ("bad_records", "seconds")} for row in kept
+    ]
 
 
 def stage_table(logs: Mapping[str, Sequence[Table]], facts: Mapping[str, Table]) -> str:

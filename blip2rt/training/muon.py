@@ -56,8 +56,11 @@ class Muon(Optimizer):
 def shared_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     """`orthogonal` of each; every process computes a share of them, and all get all."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    if processes == 1 or not matrices:
-        return [orthogonal(matrix) for matrix in matrices]
+    if not matrices:
+        return []
+    dtype = torch.bfloat16 if fast_precision(matrices[0].device) == "bf16" else torch.float32
+    if processes == 1:
+        return [orthogonal(matrix, dtype) for matrix in matrices]
     rank, work = dist.get_rank(), [0] * processes
     result = matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))
     shares = result.split([matrix.numel() for matrix in matrices])
@@ -65,15 +68,15 @@ def shared_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
         owner = work.index(min(work))
         work[owner] += _work(matrix)
         if owner == rank:
-            share.copy_(orthogonal(matrix).flatten())
+            share.copy_(orthogonal(matrix, dtype).flatten())
     dist.all_reduce(result)  # a sum with zeros: the owner's bits
     return [share.view_as(matrix) for matrix, share in zip(matrices, shares, strict=True)]
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Near U V' of the matrix's U S V': singular values come to between about 0.7 and 1.2."""
+def orthogonal(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Near U V' of the matrix's U S V', computed in `dtype`: singular values come to between about 0.7 and 1.2."""
     a, b, c = COEFFICIENTS
-    x = matrix.to(torch.bfloat16 if fast_precision(matrix.device) == "bf16" else torch.float32)
+    x = matrix.to(dtype)
     is_tall = x.shape[0] > x.shape[1]
     x = x.mT if is_tall else x
     x = x / x.norm().clamp(min=1e-7)
