@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from blip2rt.backends.array_cache import ArrayCache
 from blip2rt.backends.ort import Stage
 from blip2rt.bundled import CHECKPOINT
 from blip2rt.decoder import CachedDecoder
@@ -129,8 +130,9 @@ def reorder(decoder: CachedDecoder, parents: np.ndarray[Any, Any]) -> None:
     """What a cache for every beam has to copy when beams change places."""
     rows = int(decoder._used.max())
     moved = np.flatnonzero(parents != np.arange(BEAMS))
-    for cache in decoder._cache:
-        cache[moved, :, :rows] = cache[parents[moved], :, :rows]
+    for cache in decoder._caches:
+        assert isinstance(cache, ArrayCache)
+        cache.array[moved, :, :rows] = cache.array[parents[moved], :, :rows]
 
 
 if __name__ == "__main__":

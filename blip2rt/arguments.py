@@ -13,6 +13,12 @@ OPTION_TYPES: dict[str, Callable[[str], Any]] = {
     "early_stopping": lambda text: {"true": True, "false": False}.get(text.lower(), text),
     "rules": str,
 }
+PLAN_SIZES = {  # field of `export.plans.Limits`, with dashes -> what it limits
+    "max-batch": "images at once (default: 32)",
+    "max-beams": "rows of an image side by side (default: 32)",
+    "max-prompt": "tokens of a prompt (default: 64)",
+    "capacity": "rows of the cache of an image (default: 256)",
+}
 FLOATS = ("length_penalty", "repetition_penalty", "temperature", "top_p")
 
 
@@ -44,9 +50,16 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser)
     parser.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
     parser.add_argument(
-        "--precision", default="fp32", help="fp32; int8 or int4 on the CPU, bf16 or fp16 on torch (default: fp32)"
+        "--precision", default="fp32", help="fp32; int8 or int4 on the CPU, bf16 or fp16 on GPUs (default: fp32)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu; torch: a GPU with torch (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu; for a GPU torch, cuda (ONNX Runtime's provider) or tensorrt, which builds on it (default: cpu)",
+    )
+    for name, what in PLAN_SIZES.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"tensorrt: {what}")
+    parser.add_argument("--refit", metavar="ENGINE", help="tensorrt: plans of the same sizes that get these weights")
     parser.add_argument(
         "--tokenizer", metavar="DIR|ID", help="its tokenizer, where it is apart (default: the model's or the LLM's)"
     )

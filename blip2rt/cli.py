@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import add_bulk, add_engine, add_export, add_options, add_parts, add_serve, add_sizes, add_strip_prefix
+from .arguments import (
+    PLAN_SIZES,
+    add_bulk,
+    add_engine,
+    add_export,
+    add_options,
+    add_parts,
+    add_serve,
+    add_sizes,
+    add_strip_prefix,
+)
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError
@@ -67,7 +77,10 @@ def export(arguments: argparse.Namespace) -> int:
     with _extra("export"):
         from .bundled import CHECKPOINT
         from .export import export_engine
+        from .export.plans import Limits
 
+    sizes = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in PLAN_SIZES}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
     engine = export_engine(
         _source(arguments, CHECKPOINT if arguments.model is None else arguments.model),
         arguments.output,
@@ -75,6 +88,8 @@ def export(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         tokenizer=arguments.tokenizer,
         text_tokenizer=arguments.text_tokenizer,
+        limits=Limits(**sizes) if sizes else None,
+        refit=arguments.refit,
         force=arguments.force,
     )
     print(f"built {engine}", file=sys.stderr)

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from .backends import Stage
+from .errors import InputError
 from .search import Scores, Shortlist
-from .stages import MASKED, StageSpec, cache_names
+from .stages import MASKED, StageSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -89,7 +90,7 @@ class CachedDecoder:
         shortlist: int | None = None,
     ):
         batch, num_queries, _ = prefixes.shape
-        self._stage, self._binding = stage, stage.bind()
+        self._binding = stage.bind()
         self._inputs = {tensor.name for tensor in spec.inputs}
         self._encoded = dict(encoded or {})
         self._prefixes, self._prompts, self._num_rows = prefixes, prompts, num_rows
@@ -97,23 +98,26 @@ class CachedDecoder:
         self._used = np.zeros(batch, np.int64)  # cached rows, [B]
         self._depths = self._lengths.copy()  # position of the next token, [B]
         self._most_rows = self._lengths + num_rows * (max_new_tokens - 1)
+        _, num_heads, capacity, head_width = spec.outputs[1].shape  # of a cache
+        self._fixed_capacity = capacity if isinstance(capacity, int) else None
         self._capacities = np.array([self._capacity(b, n + num_rows) for b, n in enumerate(self._lengths)])
         self._vocab_size = int(spec.outputs[0].shape[-1])
-        num_heads, head_width = (int(spec.outputs[-1].shape[axis]) for axis in (1, 3))
-        num_layers = (len(spec.outputs) - 1) // 2
-        self._past, self._present = cache_names(num_layers, "past"), cache_names(num_layers, "present")
+        self._past = [tensor.name for tensor in spec.inputs if tensor.name.startswith("past_")]
+        self._present = [tensor.name for tensor in spec.outputs if tensor.name.startswith("present_")]
         # zeros, because a masked row still takes part in a product: 0 * NaN would be NaN
-        shape = (batch, num_heads, int(self._capacities.max()), head_width)
-        self._cache = [stage.zeros(shape) for _ in self._past]
+        shape = (batch, int(num_heads), int(self._capacities.max()), int(head_width))
+        self._caches = [stage.cache(shape) for _ in self._past]
+        self._rows = shape[2]  # that the caches hold of every image
         self._step: dict[str, Array] = {}  # inputs of a step
-        self._shortlist = min(shortlist, self._vocab_size) if shortlist and stage.shortens else None
+        shortlist = min(shortlist, self._vocab_size) if shortlist else 0
+        self._shortlist = shortlist if 0 < shortlist <= stage.longest_shortlist else None
         self._outputs: dict[str, Array] = {}  # of a step
 
     def prefill(self) -> Scores:
         """Run all prefixes at once, right-padded: logits [B, 1, V], or the likeliest."""
         batch, num_rows = len(self._prompts), int(self._lengths.max())  # S
         prefix, input_ids = lay_out_rows(self._prefixes, self._prompts, num_rows)
-        capacity = self._cache[0].shape[2]
+        capacity = self._rows
         causal = np.where(np.arange(capacity) <= np.arange(num_rows)[:, None], np.float32(0), np.float32(MASKED))
         inputs = {
             "prefix": prefix,
@@ -151,11 +155,8 @@ class CachedDecoder:
 
     def keep(self, images: Sequence[int]) -> None:
         """Go on with these images, in this order; an image moves only to a smaller index or stays."""
-        for to, image in enumerate(images):
-            if to != image:
-                for cache in self._cache:
-                    cache[to] = cache[image]
-        self._cache = [cache[: len(images)] for cache in self._cache]
+        for cache in self._caches:
+            cache.keep(images)
         for name in ("_lengths", "_used", "_depths", "_most_rows", "_capacities"):
             setattr(self, name, getattr(self, name)[list(images)])
         self._step, self._encoded = (
@@ -169,7 +170,7 @@ class CachedDecoder:
         """Buffers of a step, bound once: only their contents change from step to step."""
         if "encoder_mask" in self._encoded:
             self._encoded["encoder_mask"] = self._encoded["encoder_mask"].repeat(self._num_rows, axis=2)
-        batch, capacity = len(self._lengths), self._cache[0].shape[2]
+        batch, capacity = len(self._lengths), self._rows
         num_rows, width = self._num_rows, self._prefixes.shape[2]
         mask = np.full((batch, 1, num_rows, capacity), MASKED, np.float32)
         mask[np.broadcast_to(np.arange(capacity) < self._lengths[:, None, None, None], mask.shape)] = 0
@@ -199,11 +200,10 @@ class CachedDecoder:
             needed = int(self._used[b]) + self._num_rows
             self._capacities[b] = max(self._capacities[b], self._capacity(b, needed))
         capacity = int(self._capacities.max())
-        if capacity > self._cache[0].shape[2]:
-            rows = int(self._used.max())
-            for i, cache in enumerate(self._cache):
-                self._cache[i] = self._stage.zeros((*cache.shape[:2], capacity, cache.shape[3]))
-                self._cache[i][:, :, :rows] = cache[:, :, :rows]
+        if capacity > self._rows:
+            rows, self._rows = int(self._used.max()), capacity
+            for cache in self._caches:
+                cache.grow(capacity, rows)
             mask = np.full((*self._step["mask"].shape[:3], capacity), MASKED, np.float32)
             mask[..., : self._step["mask"].shape[3]] = self._step["mask"]
             self._step["mask"] = mask
@@ -221,8 +221,8 @@ class CachedDecoder:
         if first == used:
             return
         moved = live[first:]
-        for cache in self._cache:
-            cache[b, :, first : len(live)] = cache[b][:, moved]
+        for cache in self._caches:
+            cache.move_rows(b, moved, first)
         mask[:, first : len(live)] = mask[:, moved]
         mask[:, len(live) : used] = MASKED
         cached_positions = self._step["cached_positions"][b]  # [C]
@@ -230,7 +230,18 @@ class CachedDecoder:
         self._used[b] = len(live)
 
     def _capacity(self, b: int, rows: int) -> int:
-        """Rows to hold for image b when `rows` of them are in use: half as many again, but never more than can be."""
+        """Rows to hold for image b when `rows` of them are in use: half as many again, but never more than can be.
+
+        Raises:
+            InputError: more than the engine can hold.
+        """
+        if self._fixed_capacity is not None:
+            if rows > self._fixed_capacity:
+                raise InputError(
+                    f"the prompt and the beams need {rows} rows of the cache, and this engine holds "
+                    f"{self._fixed_capacity}: fewer beams, tokens or words, or export with --capacity {padded(rows)}"
+                )
+            return self._fixed_capacity
         wanted = min(int(rows * GROWTH), max(int(self._most_rows[b]), rows))
         return padded(wanted)
 
@@ -240,7 +251,7 @@ class CachedDecoder:
                 self._binding.input(name, array)
         for name, array in outputs.items():
             self._binding.output(name, array)
-        for past, present, cache in zip(self._past, self._present, self._cache, strict=True):
+        for past, present, cache in zip(self._past, self._present, self._caches, strict=True):
             self._binding.input(past, cache)
             self._binding.output(present, cache)
         self._bound = inputs  # keeps the arrays alive for as long as they are bound

@@ -66,6 +66,7 @@ class GenerativeEngine:
         """
         self.directory, self.manifest = directory, manifest
         stages = open_stages(directory, manifest, threads)
+        self.batch_size = min(stage.batch_size for stage in stages.values())
         self._vision, self._qformer, self._decoder = stages[VISION], stages[QFORMER], stages[DECODER]
         self._encoder = stages.get(ENCODER)  # None: a decoder-only language model
         text, qformer = (_sizes(manifest, directory, part) for part in ("text", "qformer"))
@@ -99,7 +100,7 @@ class GenerativeEngine:
             ImageError: a picture that cannot be read; it is called by its place after `first_index`.
             InputError: features of another model.
         """
-        return in_batches(images, first_index, self.preprocess, self.see, self.checked_features)
+        return in_batches(images, first_index, self.preprocess, self.see, self.checked_features, self.batch_size)
 
     def see(self, pixel_values: Array) -> list[ImageFeatures]:
         """[B, 3, S, S] -> features of B images, as they are seen without a question."""

@@ -18,12 +18,13 @@ def in_batches(
     prepare: Callable[[ImageSource], np.ndarray[Any, Any]],
     run: Callable[[np.ndarray[Any, Any]], list[ImageFeatures]],
     check: Callable[[ImageFeatures], ImageFeatures],
+    batch_size: int,
 ) -> list[ImageFeatures]:
-    """Features of images, `BATCH_SIZE` pictures at a time; those that are features already go through `check`."""
+    """Features of images, `batch_size` pictures at a time; those that are features already go through `check`."""
     features = {i: check(image) for i, image in enumerate(images) if isinstance(image, ImageFeatures)}
     pictures = [i for i in range(len(images)) if i not in features]
-    for start in range(0, len(pictures), BATCH_SIZE):
-        places = pictures[start : start + BATCH_SIZE]
+    for start in range(0, len(pictures), batch_size):
+        places = pictures[start : start + batch_size]
         pixel_values = []
         for place in places:
             try:

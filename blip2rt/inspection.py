@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine_directory import find_engine
-from .manifest import NATIVE, TORCH, Manifest
+from .manifest import CUDA, NATIVE, TENSORRT, TORCH, Manifest
 from .native import native_path
 from .stages import TensorSpec
 
@@ -83,6 +83,11 @@ class Description:
         """What computes here."""
         if self.manifest.device == TORCH:
             return "those of torch, on a GPU where there is one"
+        if self.manifest.device == CUDA:
+            return "ONNX Runtime's, on a GPU"
+        if self.manifest.device == TENSORRT:
+            built = self.manifest.toolchain
+            return f"those of TensorRT {built.get('tensorrt')}, for {built.get('gpu')}"
         return self.manifest.kernels + (f", here: {self._path()}" if self.manifest.kernels == NATIVE else "")
 
     def _path(self) -> str | None:
@@ -97,7 +102,8 @@ class Description:
         if manifest.device == TORCH:
             share = manifest.parameters.get(stage, 0) / max(1, sum(manifest.parameters.values()))
             return round(share * manifest.files[file].size)
-        return sum(manifest.files[name].size for name in (file, str(Path(file).with_suffix(".data"))))
+        both = (file, str(Path(file).with_suffix(".data")))  # of a plan there is one
+        return sum(manifest.files[name].size for name in both if name in manifest.files)
 
 
 def describe_engine(path: str | Path, name: str | None = None) -> Description:

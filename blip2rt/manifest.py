@@ -24,7 +24,7 @@ GENERATIVE, RETRIEVAL = "generative", "retrieval"
 # the stages that an engine of each kind cannot do without
 STAGES_OF_KIND = {GENERATIVE: GENERATIVE_STAGES, RETRIEVAL: RETRIEVAL_STAGES}
 
-CPU, TORCH = DEVICES = ("cpu", "torch")
+CPU, TORCH, CUDA, TENSORRT = DEVICES = ("cpu", "torch", "cuda", "tensorrt")
 STOCK, NATIVE = KERNELS = ("stock", "native")  # operators of ONNX Runtime alone, or the ones of native/ as well
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")  # no path, nothing hidden, fine on every file system

@@ -20,7 +20,7 @@ from .candidates import CANDIDATE_ROWS, checked_candidates
 from .engine_directory import checked_manifest, find_engines
 from .errors import EngineError, InputError
 from .generative import GenerativeEngine, Kind, Prompt
-from .inputs import BATCH_SIZE, as_list, in_batches, is_list
+from .inputs import as_list, in_batches, is_list
 from .manifest import GENERATIVE, RETRIEVAL
 from .memory import check_memory
 from .options import GenerationOptions, ResolvedOptions, resolve_options
@@ -166,7 +166,9 @@ class Pipeline:
             EngineError: no retrieval engine is open.
         """
         engine = self.retrieval_engine
-        return in_batches(images, first_index, engine.preprocess, engine.see, engine.checked_features)
+        return in_batches(
+            images, first_index, engine.preprocess, engine.see, engine.checked_features, engine.batch_size
+        )
 
     @property
     def has_retrieval(self) -> bool:
@@ -324,9 +326,9 @@ class Pipeline:
     ) -> Any:
         engine, sources = self.generative_engine, as_list(images)
         results: list[Kind] = []
-        starts = range(0, len(sources), BATCH_SIZE)
-        for start in progress(starts, "images", total=len(sources), step=BATCH_SIZE):
-            batch = slice(start, start + BATCH_SIZE)
+        size = engine.batch_size
+        for start in progress(range(0, len(sources), size), "images", total=len(sources), step=size):
+            batch = slice(start, start + size)
             features = engine.encode(sources[batch], start if is_list(images) else None)
             results += engine.decode(kind, features, prompts[batch], options, candidates)
         return results if is_list(images) else results[0]

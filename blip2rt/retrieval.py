@@ -40,6 +40,7 @@ class RetrievalEngine:
         """
         self.directory, self.manifest = directory, manifest
         stages = open_stages(directory, manifest, threads)
+        self.batch_size = min(stage.batch_size for stage in stages.values())
         self._vision, self._qformer, self._text, self._itm = (stages[s] for s in (VISION, QFORMER, TEXT, ITM))
         qformer = manifest.model["qformer"]
         self._tokenizer = TextTokenizer(

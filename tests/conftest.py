@@ -51,7 +51,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def make_checkpoint(
-    directory: Path, seed: int = 0, model_type: str = "opt", *, qformer: dict[str, Any] | None = None, **text: Any
+    directory: Path,
+    seed: int = 0,
+    model_type: str = "opt",
+    *,
+    vision: dict[str, Any] | None = None,
+    qformer: dict[str, Any] | None = None,
+    **text: Any,
 ) -> Path:
     """A random BLIP-2 of odd sizes drawn from `seed`; `text` overrides fields of the language model's config.
 
@@ -74,6 +80,7 @@ def make_checkpoint(
             "num_attention_heads": heads["vision"],
             "image_size": patch * draw.randint(1, 6),
             "patch_size": patch,
+            **(vision or {}),
         },
         qformer_config={
             "hidden_size": widths["qformer"],
@@ -103,9 +110,11 @@ def make_checkpoint(
     return directory
 
 
-def make_asking_checkpoint(directory: Path, seed: int = 0, model_type: str = "opt", **qformer: Any) -> Path:
-    """A random BLIP-2 whose Q-Former reads questions, as VQA fine-tuning leaves it."""
-    make_checkpoint(directory, seed, model_type, qformer=ASKING_QFORMER | qformer)
+def make_asking_checkpoint(
+    directory: Path, seed: int = 0, model_type: str = "opt", others: dict[str, Any] | None = None, **qformer: Any
+) -> Path:
+    """A random BLIP-2 whose Q-Former reads questions, as VQA fine-tuning leaves it; `others` are of other parts."""
+    make_checkpoint(directory, seed, model_type, qformer=ASKING_QFORMER | qformer, **(others or {}))
     width = json.loads((directory / "config.json").read_text())["qformer_config"]["hidden_size"]
     generator = torch.Generator().manual_seed(seed)
     tables = {"word": ASKING_QFORMER["vocab_size"], "position": ASKING_QFORMER["max_position_embeddings"]}

@@ -50,6 +50,7 @@ EXPORTER = {
 EXCEPTIONS = {
     ("blip2rt/export/pieces.py", "backends"),
     ("blip2rt/export/modules.py", "backends"),
+    ("blip2rt/export/gpu.py", "backends"),
     ("blip2rt/backends/torch_modules.py", "model"),
 }
 # inside a function only: nothing but `blip2rt export` and `verify` loads torch
@@ -57,7 +58,7 @@ ON_DEMAND = {("cli", "export"), ("cli", "model"), ("huggingface", "export")}
 
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
 EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files that nothing else loads
-    "backends": {"safetensors", "torch"},
+    "backends": {"cuda", "safetensors", "tensorrt", "torch"},
     "bulk": {"pyarrow", "ray"},
     "evaluation": {"pycocoevalcap", "spacy"},
     "huggingface": {"optimum", "torch", "transformers"},
@@ -67,7 +68,7 @@ LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.
 LOADED_WITH_EXTRAS = {"blip2rt/bulk/on_ray.py", "blip2rt/backends/torch_modules.py"}
 EXPORTER_PACKAGES = {
     "model": {"torch", "safetensors", "huggingface_hub"},
-    "export": {"torch", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "transformers"},
+    "export": {"torch", "ml_dtypes", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "transformers"},
     "training": {"torch", "numpy", "PIL"},
 }
 

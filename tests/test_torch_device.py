@@ -115,15 +115,15 @@ def test_caches_are_written_in_place(tiny_checkpoint: Path, tmp_path: Path) -> N
     for name, array in arrays.items():
         bound[name] = array
         if name in caches:
-            bound[name] = stage.zeros(array.shape)
-            bound[name][:] = torch.from_numpy(array)
+            bound[name] = stage.cache(array.shape)
+            bound[name].array[:] = torch.from_numpy(array)
         binding.input(name, bound[name])
     binding.output("logits", logits)
     binding.run()
     assert np.array_equal(logits, expected["logits"].numpy())
     for name in caches:
-        assert torch.equal(bound[name], expected[name.replace("past", "present")])
-        assert not torch.equal(bound[name], torch.from_numpy(arrays[name]))
+        assert torch.equal(bound[name].array, expected[name.replace("past", "present")])
+        assert not torch.equal(bound[name].array, torch.from_numpy(arrays[name]))
 
 
 def test_verify_and_damage(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

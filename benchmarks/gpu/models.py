@@ -140,7 +140,7 @@ class Ours:
             shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
             is_cache = tensor.name.startswith("past_")
             dtype = np.int64 if tensor.dtype == "int64" else np.float32
-            binding.input(tensor.name, self._stages[DECODER].zeros(shape) if is_cache else np.zeros(shape, dtype))
+            binding.input(tensor.name, self._stages[DECODER].cache(shape) if is_cache else np.zeros(shape, dtype))
         shape = (batch, rows, 2 * rows)
         binding.output("best_tokens", np.empty(shape, np.int64))
         binding.output("best_logprobs", np.empty(shape, np.float32))

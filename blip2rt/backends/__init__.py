@@ -1,15 +1,32 @@
-"""Backends run one stage: arrays in, arrays out. `ort` on the CPU, `torch_modules` on a GPU that has torch."""
+"""Backends run one stage: arrays in, arrays out.
 
+`ort` on the CPU; on a GPU `torch_modules` where torch is, `ort_cuda` and `tensorrt` over `device_memory` without it.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import EngineError
-from ..manifest import TORCH, Manifest
+from ..manifest import CUDA, TENSORRT, TORCH, Manifest
 from . import ort
 
 Array = np.ndarray[Any, Any]
+
+
+class Cache(Protocol):
+    """Keys or values of a layer [B, H, C, d], where and in the precision that a stage works; zeros at first."""
+
+    def keep(self, images: Sequence[int]) -> None:
+        """Go on with these images, in this order; an image moves only to a smaller index or stays."""
+
+    def grow(self, capacity: int, rows: int) -> None:
+        """Hold `capacity` rows of every image; of the old ones the first `rows` stay."""
+
+    def move_rows(self, image: int, rows: Array, to: int) -> None:
+        """Put rows of an image together, from row `to` on; they rise, and none lies before its new place."""
 
 
 class Binding(Protocol):
@@ -19,7 +36,7 @@ class Binding(Protocol):
     """
 
     def input(self, name: str, array: Any) -> None:
-        """Bind an input to a contiguous array, or to a cache of `zeros`."""
+        """Bind an input to a contiguous array, or to a `Cache` of the stage."""
 
     def output(self, name: str, array: Any) -> None:
         """Bind an output to a contiguous array; the same one as an input for a cache that is updated in place."""
@@ -32,11 +49,13 @@ class Stage(Protocol):
     """One engine, ready to run. Safe to call from several threads.
 
     Attributes:
-        shortens: whether a binding of a decoder can give `best_tokens` and `best_logprobs` [B, R, n], the likeliest of
-            every row and best first, in the place of `logits`.
+        batch_size: images that it works on together, where the caller does not choose.
+        longest_shortlist: the largest n for which a binding of a decoder can give `best_tokens` and `best_logprobs`
+            [B, R, n], the likeliest of every row and best first, in the place of `logits`; 0: it gives logits only.
     """
 
-    shortens: bool
+    batch_size: int
+    longest_shortlist: int
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once; inputs and outputs by the names of `stages.py`."""
@@ -44,8 +63,8 @@ class Stage(Protocol):
     def bind(self) -> Binding:
         """A binding of inputs and outputs to buffers of the caller."""
 
-    def zeros(self, shape: tuple[int, ...]) -> Any:
-        """A cache that a binding may update in place, where and as the stage works: it is indexed like an array."""
+    def cache(self, shape: tuple[int, ...]) -> Cache:
+        """A cache of zeros that a binding updates in place."""
 
 
 def open_stages(directory: Path, manifest: Manifest, threads: int | None) -> dict[str, Stage]:
@@ -67,4 +86,12 @@ def open_stages(directory: Path, manifest: Manifest, threads: int | None) -> dic
                 f"{directory} runs on torch, and the package {error.name} is missing: pip install 'blip2rt[torch]'"
             ) from error
         return dict(open_modules(directory, manifest, threads))
+    if manifest.device == CUDA:
+        from . import ort_cuda
+
+        return dict(ort_cuda.open_stages(directory, manifest))
+    if manifest.device == TENSORRT:
+        from . import tensorrt
+
+        return dict(tensorrt.open_stages(directory, manifest))
     return {name: ort.Stage(name, directory / entry.file, threads) for name, entry in manifest.stages.items()}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -13,6 +13,7 @@ import onnxruntime as ort
 from ..errors import EngineError
 from ..native import library_path
 from ..trace import trace
+from .array_cache import ArrayCache
 
 Array = np.ndarray[Any, Any]
 
@@ -20,7 +21,8 @@ Array = np.ndarray[Any, Any]
 class Stage:
     """One engine, ready to run. Safe to call from several threads."""
 
-    shortens = False  # the logits lie in this memory already
+    batch_size = 8
+    longest_shortlist = 0  # the logits lie in this memory already
 
     def __init__(self, name: str, path: Path, threads: int | None = None):
         """Open an engine.
@@ -53,9 +55,9 @@ class Stage:
         """A binding of inputs and outputs to buffers of the caller."""
         return Binding(self)
 
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        """A cache that a binding may update in place."""
-        return np.zeros(shape, np.float32)
+    def cache(self, shape: tuple[int, ...]) -> ArrayCache:
+        """A cache that a binding updates in place."""
+        return ArrayCache(partial(np.zeros, dtype=np.float32), shape)
 
     def _run(self, run: Callable[[], Any]) -> Any:
         start = perf_counter()
@@ -77,12 +79,14 @@ class Binding:
         self._stage = stage
         self._binding = stage.session.io_binding()
 
-    def input(self, name: str, array: Array) -> None:
-        """Bind an input to a contiguous array."""
+    def input(self, name: str, array: Array | ArrayCache) -> None:
+        """Bind an input to a contiguous array, or to a cache."""
+        array = array.array if isinstance(array, ArrayCache) else array
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
 
-    def output(self, name: str, array: Array) -> None:
+    def output(self, name: str, array: Array | ArrayCache) -> None:
         """Bind an output to a contiguous array; the same one as an input for a cache that is updated in place."""
+        array = array.array if isinstance(array, ArrayCache) else array
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, _address(array))
 
     def run(self) -> None:

@@ -5,6 +5,7 @@ buffers is captured as a CUDA graph: a decoding step is then one launch, whateve
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,6 +23,7 @@ from ..model.layers import CacheInPlace
 from ..model.retrieval import stored_name
 from ..stages import StageSpec
 from ..trace import trace
+from .array_cache import ArrayCache
 
 Array = np.ndarray[Any, Any]
 
@@ -88,7 +90,8 @@ def within(values: Tensor, dtype: torch.dtype) -> Tensor:
 class Stage:
     """A module with the signature of a stage."""
 
-    shortens = True
+    batch_size = 64
+    longest_shortlist = 1 << 30
 
     def __init__(self, name: str, module: nn.Module, spec: StageSpec, dtype: torch.dtype, device: torch.device):
         self.name, self.module, self.spec, self.dtype, self.device = name, module, spec, dtype, device
@@ -107,9 +110,9 @@ class Stage:
         """A binding of inputs and outputs to buffers of the caller."""
         return Binding(self)
 
-    def zeros(self, shape: tuple[int, ...]) -> Tensor:
+    def cache(self, shape: tuple[int, ...]) -> ArrayCache:
         """A cache on the device, in the precision of the stage."""
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return ArrayCache(partial(torch.zeros, dtype=self.dtype, device=self.device), shape)
 
 
 class Binding:
@@ -128,10 +131,10 @@ class Binding:
         self._num_runs = 0
         self._graph: Any = None  # a CUDA graph
 
-    def input(self, name: str, array: Array | Tensor) -> None:
-        """Bind an input to a contiguous array, or to a cache of `Stage.zeros`."""
-        if isinstance(array, Tensor):
-            self._device[name] = array
+    def input(self, name: str, array: Array | ArrayCache) -> None:
+        """Bind an input to a contiguous array, or to a cache."""
+        if isinstance(array, ArrayCache):
+            self._device[name] = array.array
         else:
             host = torch.from_numpy(array if array.flags.writeable else array.copy())
             dtype = self._stage.dtype if host.is_floating_point() else host.dtype
@@ -139,9 +142,9 @@ class Binding:
             self._device[name] = torch.empty(host.shape, dtype=dtype, device=self._stage.device)
         self._num_runs, self._graph = 0, None
 
-    def output(self, name: str, array: Array | Tensor) -> None:
+    def output(self, name: str, array: Array | ArrayCache) -> None:
         """Bind an output to an array; a cache that is bound as an input is written in place whatever is bound here."""
-        if not isinstance(array, Tensor):
+        if not isinstance(array, ArrayCache):
             self._outputs[name] = torch.from_numpy(array)
 
     @torch.inference_mode()

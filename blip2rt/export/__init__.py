@@ -1,6 +1,7 @@
 """checkpoint -> engine directory: graphs -> lower -> weights -> verify, and one exchange at the end."""
 
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,19 @@ from torch import nn
 from .. import __version__
 from ..engine_directory import building, describe_files
 from ..errors import CheckpointError, ExportError, InputError
-from ..manifest import CPU, GENERATIVE, RETRIEVAL, TORCH, ImageSpec, Manifest, Stage, TokenSpec
+from ..manifest import (
+    CPU,
+    CUDA,
+    GENERATIVE,
+    RETRIEVAL,
+    TENSORRT,
+    TORCH,
+    ImageSpec,
+    Manifest,
+    Parity,
+    Stage,
+    TokenSpec,
+)
 from ..model import Checkpoint, CheckpointSource
 from ..model.config import Blip2Config, RetrievalConfig, T5Config, stop_token_ids
 from ..model.retrieval import stored_name
@@ -25,16 +38,24 @@ from ..native import library_path
 from ..progress import Progress
 from ..stages import StageSpec
 from .fuse_attention import fuse_attention
+from .gpu import describe_gpu, lower_for_gpu, write_plans
 from .graphs import trace_stage
 from .lower import lower
 from .modules import write_modules
+from .plans import Limits, plan_sizes
 from .quantize import quantize
 from .tokenizer_files import QUESTION_FOLDER, write_text_tokenizer, write_tokenizer
 from .verify import compare_engine
 from .weights import Written, write_stage
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
-PRECISIONS = {CPU: ("fp32", "int8", "int4"), TORCH: ("fp32", "bf16", "fp16")}  # by device
+PRECISIONS = {  # by device
+    CPU: ("fp32", "int8", "int4"),
+    TORCH: ("fp32", "bf16", "fp16"),
+    CUDA: ("fp32", "fp16", "bf16"),
+    TENSORRT: ("fp16", "bf16"),  # its fused attention has no float32
+}
+GRAPHS = "graphs"  # folder of what TensorRT's plans are built from, for as long as that takes
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1.5, "int4": 1.0}  # of a parameter, the embeddings included
 
 
@@ -46,6 +67,8 @@ def export_engine(
     device: str = "cpu",
     tokenizer: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
+    limits: Limits | None = None,
+    refit: str | Path | None = None,
     force: bool = False,
 ) -> Path:
     """Build the engine directory of a checkpoint and prove it against the reference model.
@@ -56,11 +79,14 @@ def export_engine(
         model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
         precision: "fp32"; on the CPU "int8", all linear layers, or "int4", those of the language model, the others
-            int8; on torch "bf16" or "fp16".
-        device: "cpu"; or "torch", the reference's own modules on a GPU.
+            int8; on GPUs "bf16" or "fp16".
+        device: "cpu"; or on a GPU "torch", the reference's own modules, "cuda", ONNX Runtime's provider, or "tensorrt",
+            which must be there to build.
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
         text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model or one whose Q-Former
             reads questions; None: the model's own.
+        limits: the largest sizes that TensorRT's plans are built for; None: `Limits()`.
+        refit: a TensorRT engine of the same sizes, whose plans are given these weights instead of building new ones.
         force: replace an engine that is there.
 
     Returns:
@@ -77,6 +103,9 @@ def export_engine(
         raise InputError(f"the CPU has no {precision} kernels: use int8 and int4, which are fast there, or fp32")
     if precision not in PRECISIONS[device]:
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS[device])} (device {device})")
+    if device != TENSORRT and (limits or refit):
+        raise InputError(f"--refit and the sizes of plans are TensorRT's, device {device!r} takes any")
+    limits = limits or Limits()
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     is_retrieval = isinstance(config, RetrievalConfig)
@@ -102,6 +131,10 @@ def export_engine(
     normalisation = read_normalisation(checkpoint.directory)
     specs = stage_specs(config)
     parameters = checkpoint.count_parameters()
+    gpu, profiles = {}, {}
+    if device == TENSORRT:
+        profiles = {name: plan_sizes(name, spec, limits, config.num_query_tokens) for name, spec in specs.items()}
+        gpu = describe_gpu()
     with building(output, force=force, needed=int(BYTES[precision] * sum(parameters.values()))) as directory:
         question_tokens = None
         if isinstance(config, RetrievalConfig):
@@ -114,10 +147,13 @@ def export_engine(
                 question_tokens = write_text_tokenizer(tokenizers[1], file, config.qformer.vocab_size)
         reference = checkpoint.build()
         kernels = "native" if precision in ("int8", "int4") and library_path() else "stock"
+        graphs = directory / GRAPHS if device == TENSORRT else directory
         if device == TORCH:
             files = dict.fromkeys(specs, write_modules(reference, specs, checkpoint, directory, precision))
         else:
-            files = _write_graphs(reference, specs, checkpoint, directory, precision, kernels)
+            capacity = limits.capacity if device == TENSORRT else None
+            specs = _write_graphs(reference, specs, checkpoint, graphs, precision, device, kernels, capacity)
+            files = {stage: f"{stage}.onnx" for stage in specs}
         manifest = Manifest(
             kind=RETRIEVAL if is_retrieval else GENERATIVE,
             name=Path(output).name,
@@ -131,22 +167,36 @@ def export_engine(
             question_tokens=question_tokens,
             parameters=parameters,
             left_out=tuple(checkpoint.names.stored_as(name) for name in checkpoint.left_out),
-            toolchain=_toolchain(),
+            toolchain=_toolchain() | gpu,
             parity={},
             model=config.to_dict(),
             stages={stage: Stage(files[stage], spec) for stage, spec in specs.items()},
             files={},
         )
-        comparisons = list(compare_engine(directory, manifest, checkpoint))
-        diverged = [c for c in comparisons if c.first_divergence]
-        if diverged:
-            raise ExportError(
-                "the engines disagree with the reference model, nothing was written: "
-                + "; ".join(str(c) for c in diverged)
-            )
-        parity = {c.stage: c.parity for c in comparisons}
+        if device == TENSORRT:
+            _prove(graphs, replace(manifest, device=CUDA), checkpoint)  # what is wrong here, no plan mends
+            old = Path(refit) if refit else None
+            files = write_plans(graphs, specs, profiles, directory, old)
+            shutil.rmtree(graphs)
+            manifest = replace(manifest, stages={stage: Stage(files[stage], spec) for stage, spec in specs.items()})
+        parity = _prove(directory, manifest, checkpoint)
         replace(manifest, parity=parity, files=describe_files(directory)).write(directory)
     return Path(output)
+
+
+def _prove(directory: Path, manifest: Manifest, checkpoint: Checkpoint) -> dict[str, Parity]:
+    """Compare all stages with the reference.
+
+    Raises:
+        ExportError: one is too far from it.
+    """
+    comparisons = list(compare_engine(directory, manifest, checkpoint))
+    diverged = [c for c in comparisons if c.first_divergence]
+    if diverged:
+        raise ExportError(
+            "the engines disagree with the reference model, nothing was written: " + "; ".join(map(str, diverged))
+        )
+    return {c.stage: c.parity for c in comparisons}
 
 
 def _write_graphs(
@@ -155,22 +205,30 @@ def _write_graphs(
     checkpoint: Checkpoint,
     directory: Path,
     precision: str,
+    device: str,
     kernels: str,
-) -> dict[str, str]:
-    """A graph for every stage, and its weights beside it; the names of the graphs' files."""
+    capacity: int | None,
+) -> dict[str, StageSpec]:
+    """A graph for every stage, and its weights beside it; the signatures."""
+    directory.mkdir(exist_ok=True)
+    written_specs: dict[str, StageSpec] = {}
     bar = Progress("writing weights", sum(1 for _ in reference.named_parameters()))
     written: Written = {}
     for stage, spec in specs.items():
         module = reference.get_submodule(stage)
         graph = trace_stage(module, spec)
         weights = lower(graph, {name for name, _ in module.named_parameters()})
-        weights = quantize(graph, stage, precision, weights, kernels)
+        if device == CPU:
+            weights = quantize(graph, stage, precision, weights, kernels)
+        else:
+            weights, spec = lower_for_gpu(graph, stage, spec, precision, weights, capacity)
         if kernels == "native":
             fuse_attention(graph.graph)
+        written_specs[stage] = spec
         path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
         write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)
     bar.close()
-    return {stage: f"{stage}.onnx" for stage in specs}
+    return written_specs
 
 
 def _tokenizer_directories(

@@ -80,6 +80,18 @@ def replace_node(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
     graph.remove(old, safe=True)
 
 
+def constant(graph: ir.Graph, name: str, content: np.ndarray[Any, Any] | np.generic) -> ir.Value:
+    """A small initialiser inside the graph, one for all who ask for the name."""
+    if name not in graph.initializers:
+        tensor = ir.Tensor(np.asarray(content), name=name)
+        graph.register_initializer(
+            ir.Value(
+                name=name, const_value=tensor, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
+            )
+        )
+    return graph.initializers[name]
+
+
 def _sort_inputs(graph: ir.Graph, parameters: set[str]) -> None:
     """Put the weights into the order of their first use, so that a file is read from front to back."""
     order = {v.name: i for i, v in enumerate(v for node in graph for v in node.inputs if v is not None)}

@@ -2,26 +2,30 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from safetensors import safe_open
 
+from ..backends import tensorrt
+from ..backends.device_memory import DeviceCache
 from ..backends.ort import session_options
 from ..backends.torch_modules import DTYPES, build, within
 from ..errors import EngineError
-from ..manifest import TORCH, Manifest
+from ..manifest import TENSORRT, TORCH, Manifest
 from ..model.retrieval import stored_name
 
 Array = np.ndarray[Any, Any]
 
 TOKEN_EMBEDDING = "embedding.token.weight"  # the head reads it where the two are tied
 IR_VERSION = 11  # of the ONNX files that the pieces are made into
+NUMPY = {"float32": np.float32, "int64": np.int64, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,18 @@ def open_pieces(directory: Path, manifest: Manifest, stage: str) -> Pieces:
     Raises:
         EngineError: its file cannot be read.
     """
-    kind = ModulePieces if manifest.device == TORCH else GraphPieces
-    return kind(directory, manifest, stage)
+    kinds: dict[str, Callable[..., Pieces]] = {TORCH: ModulePieces, TENSORRT: PlanPieces}
+    return kinds.get(manifest.device, GraphPieces)(directory, manifest, stage)
 
 
 class GraphPieces:
-    """Of a graph, cut where `graphs.py` named the residual stream."""
+    """Of a graph, cut where `graphs.py` named the residual stream; on the CPU, whatever it was built for.
+
+    There bf16 is computed in float32, with the weights of bf16.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest, stage: str):
-        self._path = directory / manifest.stages[stage].file
+        self._path, self._precision = directory / manifest.stages[stage].file, manifest.precision
         with _engine_errors(self._path):
             self._graph = ir.load(self._path).graph
 
@@ -76,17 +83,24 @@ class GraphPieces:
             if value in seen:
                 continue
             seen.add(value)
-            if value.name in known:
-                inputs[str(value.name)] = value
+            name = str(value.name).removesuffix(f"_{self._precision}")  # what is turned to float32 at the end
+            if name in known:
+                inputs[name] = value
             elif (node := value.producer()) is not None:
                 pending += [v for v in node.inputs if v is not None]
-        cut = ir.Model(ir.convenience.extract(self._graph, list(inputs), list(outputs)), ir_version=IR_VERSION)
+        values = list(inputs.values())
+        cut = ir.Model(ir.convenience.extract(self._graph, values, list(outputs)), ir_version=IR_VERSION)
+        if self._precision == "bf16":
+            _widen(cut.graph)
         options = session_options(None)
         folder = str(self._path.parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         model = ir.to_proto(cut).SerializeToString()
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        results = session.run(list(outputs), {name: known[name] for name in inputs})
+        types = {value.name: value.dtype.numpy() for value in cut.graph.inputs if value.dtype is not None}
+        given = {value.name: known[name].astype(types[value.name]) for name, value in inputs.items()}
+        results = session.run(list(outputs), given)
+        results = [r.astype(np.float32) if r.dtype == np.float16 else r for r in results]
         return dict(zip(outputs, results, strict=True))
 
 
@@ -112,6 +126,60 @@ class ModulePieces:
             return read(stored_name(f"{self._stage}.{name}"))
         tensor = torch.from_numpy(known[name])
         return within(tensor, self._dtype).to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+class PlanPieces:
+    """Of a plan, which cannot be cut: the stage runs once, on its own inputs, and its outputs are handed out."""
+
+    def __init__(self, directory: Path, manifest: Manifest, stage: str):
+        self._spec = manifest.stages[stage].signature
+        only = replace(manifest, stages={stage: manifest.stages[stage]})
+        self._stage = tensorrt.open_stages(directory, only)[stage]
+        self._outputs: dict[str, Array] = {}
+
+    def run(self, piece: Piece, known: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Pieces`."""
+        self._outputs = self._outputs or self._run(known)
+        return {name: self._outputs[name] for name in piece.outputs if name in self._outputs}
+
+    def _run(self, known: Mapping[str, Array]) -> dict[str, Array]:
+        binding = self._stage.bind()
+        caches: dict[str, DeviceCache] = {}
+        found: dict[str, Array] = {}
+        sizes: dict[str, int] = {}
+        for tensor in self._spec.inputs:
+            array = np.ascontiguousarray(known[tensor.name])
+            sizes |= {size: n for size, n in zip(tensor.shape, array.shape, strict=True) if isinstance(size, str)}
+            if tensor.name.startswith("past_"):
+                cache = caches[tensor.name.replace("past_", "present_")] = self._stage.cache(array.shape)
+                cache.write(array.astype(NUMPY[tensor.dtype]))
+                binding.input(tensor.name, cache)
+            else:
+                binding.input(tensor.name, array)
+        for tensor in self._spec.outputs:
+            if tensor.name in caches:
+                binding.output(tensor.name, caches[tensor.name])
+            else:
+                shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+                binding.output(tensor.name, found.setdefault(tensor.name, np.empty(shape, tensor.dtype)))
+        binding.run()
+        dtypes = {tensor.name: NUMPY[tensor.dtype] for tensor in self._spec.outputs}
+        return found | {name: cache.read(dtypes[name]).astype(np.float32) for name, cache in caches.items()}
+
+
+def _widen(graph: ir.Graph) -> None:
+    """Compute in float32 what is written in bf16: ONNX Runtime has no arithmetic for it on the CPU."""
+    narrow = ir.DataType.BFLOAT16
+    for value in [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.dtype != narrow:
+            continue
+        value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: the graph that this was cut from has the old
+        if value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+    for node in graph:
+        to = node.attributes.get("to")
+        if node.op_type == "Cast" and to is not None and to.as_int() == narrow:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
 
 
 @contextmanager

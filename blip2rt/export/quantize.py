@@ -19,7 +19,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from ..native import twin
-from .lower import StoredWeight, replace_node
+from .lower import StoredWeight, constant, replace_node
 from .rounding import round_weight
 
 Array = np.ndarray[Any, Any]
@@ -120,7 +120,7 @@ def _native(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
         add, bias = linear.bias
         last = add
     else:
-        bias, last = _constant(graph, f"{name}.no_bias", np.zeros(outputs, np.float32)), linear.node
+        bias, last = constant(graph, f"{name}.no_bias", np.zeros(outputs, np.float32)), linear.node
     inputs = [linear.node.inputs[0], packed, scales, bias]
     attributes = {"N": outputs, "K": depth, "bits": bits}
     replace_node(graph, last, [ir.node("QuantizedMatMul", inputs, attributes=attributes, domain=NATIVE_DOMAIN)])
@@ -139,12 +139,12 @@ def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
     name = linear.parameter
     values = _initializer(graph, f"{name}.values", (linear.depth, linear.outputs), ir.DataType.INT8)
     scales = _initializer(graph, f"{name}.scales", (linear.outputs,), ir.DataType.FLOAT)
-    one = _constant(graph, "quantize.one", np.float32(1))
-    middle = _constant(graph, "quantize.middle", np.uint8(128))
-    zero = _constant(graph, f"{name}.zero", np.int8(0))  # its own: ONNX Runtime may turn both to unsigned
-    least = _constant(graph, "quantize.least", np.float32(1e-30))  # a row of zeros stays one
-    levels = _constant(graph, "quantize.levels", np.float32(127))
-    last_axis = _constant(graph, "quantize.last_axis", np.array([-1], np.int64))
+    one = constant(graph, "quantize.one", np.float32(1))
+    middle = constant(graph, "quantize.middle", np.uint8(128))
+    zero = constant(graph, f"{name}.zero", np.int8(0))  # its own: ONNX Runtime may turn both to unsigned
+    least = constant(graph, "quantize.least", np.float32(1e-30))  # a row of zeros stays one
+    levels = constant(graph, "quantize.levels", np.float32(127))
+    last_axis = constant(graph, "quantize.last_axis", np.array([-1], np.int64))
     x = linear.node.inputs[0]
     magnitude = ir.node("Abs", [x])
     largest = ir.node("ReduceMax", [magnitude.outputs[0], last_axis], attributes={"keepdims": 1})
@@ -175,10 +175,10 @@ def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
     values = _initializer(graph, f"{name}.values", (linear.outputs, groups, block // 2), ir.DataType.UINT8)
     scales = _initializer(graph, f"{name}.scales", (linear.outputs, groups), ir.DataType.FLOAT)
     sizes = {"N": linear.outputs, "K": linear.depth, "bits": bits, "block_size": block, "accuracy_level": 4}
-    zeros = _constant(graph, f"quantize.zeros_{linear.depth}", np.zeros((1, linear.depth), np.float32))
-    rows_of = _constant(graph, f"quantize.rows_of_{linear.depth}", np.array([-1, linear.depth], np.int64))
-    width = _constant(graph, f"quantize.width_{linear.outputs}", np.array([linear.outputs], np.int64))
-    first, last = (_constant(graph, f"quantize.index_{i}", np.array([i], np.int64)) for i in (0, -1))
+    zeros = constant(graph, f"quantize.zeros_{linear.depth}", np.zeros((1, linear.depth), np.float32))
+    rows_of = constant(graph, f"quantize.rows_of_{linear.depth}", np.array([-1, linear.depth], np.int64))
+    width = constant(graph, f"quantize.width_{linear.outputs}", np.array([linear.outputs], np.int64))
+    first, last = (constant(graph, f"quantize.index_{i}", np.array([i], np.int64)) for i in (0, -1))
     x = linear.node.inputs[0]
     rows = ir.node("Reshape", [x, rows_of])
     padded = ir.node("Concat", [rows.outputs[0], zeros], attributes={"axis": 0})
@@ -204,15 +204,3 @@ def _initializer(graph: ir.Graph, name: str, shape: tuple[int, ...], dtype: ir.D
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.initializers.add(value)
     return value
-
-
-def _constant(graph: ir.Graph, name: str, content: Array | np.generic) -> ir.Value:
-    """A small initialiser inside the graph, one for all who ask for the name."""
-    if name not in graph.initializers:
-        tensor = ir.Tensor(np.asarray(content), name=name)
-        graph.register_initializer(
-            ir.Value(
-                name=name, const_value=tensor, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
-            )
-        )
-    return graph.initializers[name]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..engine_directory import check_files, find_engine
 from ..errors import EngineError
-from ..manifest import Manifest, Parity
+from ..manifest import TENSORRT, Manifest, Parity
 from ..model import Blip2Config, Checkpoint, CheckpointSource
 from ..model.config import ModelConfig
 from ..model.t5 import T5Decoder
@@ -32,6 +32,8 @@ Array = np.ndarray[Any, Any]
 # Others: root mean square of the difference over that of the reference, of every piece by itself, on the reference's
 # input. Rounding errors grow from block to block, in random models without bounds; a piece's own error does not.
 LIMITS = {"fp32": 2e-4, "bf16": 0.03, "fp16": 0.005, "int8": 0.08, "int4": 0.35}
+
+WHOLE = 10  # times as far from the reference may be a stage that cannot be cut into pieces, with all errors in it
 
 
 @dataclass
@@ -136,7 +138,8 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         draw = {DECODER: _decoder_inputs, ENCODER: _encoder_inputs}.get(stage, _random_inputs)
         arrays = draw(signature, checkpoint.config)
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        comparison = Comparison(stage, LIMITS[manifest.precision], _sizes(signature, arrays))
+        limit = LIMITS[manifest.precision] * (WHOLE if manifest.device == TENSORRT else 1)
+        comparison = Comparison(stage, limit, _sizes(signature, arrays))
         engine = open_pieces(directory, manifest, stage)
         outputs = [output.name for output in signature.outputs]
         pieces = _pieces(stage, module, signature)
@@ -149,9 +152,10 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
                 expected = loaded(*(None if name is None else tensors[name] for name in piece.inputs))
             expected = expected if isinstance(expected, tuple) else (expected,)
             tensors |= dict(zip(piece.outputs, expected, strict=True))
-            arrays |= engine.run(piece, arrays)
+            found = engine.run(piece, arrays)
+            arrays |= found
             alone = {} if exact else engine.run(piece, known)
-            for name in piece.outputs:
+            for name in found:
                 comparison.add(piece.module, arrays[name], tensors[name], name in outputs, alone.get(name))
         yield comparison
 
@@ -261,11 +265,12 @@ def _decoder_inputs(signature: StageSpec, config: ModelConfig) -> dict[str, Arra
     """A step in the middle of a search: 3 images at different depths, 5 rows each, random ancestors."""
     assert isinstance(config, Blip2Config)
     rng = np.random.default_rng(0)
-    sizes = {"B": 3, "S": 5, "C": 23, "R": 2, "E": 11}
+    capacity = signature.outputs[1].shape[2]  # of the caches; a number where a plan fixes it
+    sizes = {"B": 3, "S": 5, "C": capacity if isinstance(capacity, int) else 23, "R": 2, "E": 11}
     inputs: dict[str, Array] = {}
     for tensor in signature.inputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        if tensor.dtype == "float32":
+        if tensor.dtype != "int64":
             inputs[tensor.name] = rng.standard_normal(shape, dtype=np.float32)
     write_indices = np.array([9, 0, 18])
     own = write_indices[:, None] + np.arange(sizes["S"])  # [B, S] where each row is written

@@ -58,7 +58,7 @@ def _append(stream: BinaryIO, file: str, array: np.ndarray[Any, Any]) -> ir.Exte
     """Write an array to the end of a file, from the next page on."""
     offset = -stream.tell() % PAGE + stream.tell()
     stream.write(bytes(offset - stream.tell()))
-    stream.write(array.data)
+    stream.write(array.reshape(-1).view(np.uint8).data)  # bytes: bfloat16 is no type of buffers
     dtype = ir.DataType.from_numpy(array.dtype)
     return ir.ExternalTensor(file, offset, array.nbytes, dtype, shape=ir.Shape(array.shape), name=file)
 
