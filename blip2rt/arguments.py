@@ -41,7 +41,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
 
 
-def add_export(parser: argparse.ArgumentParser) -> None:
+def add_export(parser: argparse.ArgumentParser, precision: str = "fp32") -> None:
     """Those of `blip2rt export`."""
     parser.add_argument(
         "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
@@ -50,7 +50,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     add_sizes(parser)
     parser.add_argument("--output", help="the engine directory (default: engines/<model>-<precision>-<device>)")
     parser.add_argument(
-        "--precision", default="fp32", help="fp32; int8 or int4 on the CPU, bf16 or fp16 on GPUs (default: fp32)"
+        "--precision",
+        default=precision,
+        help="fp32; int8 or int4 on the CPU, bf16 or fp16 on GPUs, fp8 on torch (default: %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -71,11 +73,16 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an engine that is there")
 
 
+def add_name(parser: argparse.ArgumentParser) -> None:
+    """For commands that look at an engine and run none."""
+    parser.add_argument("--name", help="which engine of a folder")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Which engine, and in which form its results come."""
     parser.add_argument("--engine", default="engines", metavar="DIR", help="engine directory, or a folder with one")
-    parser.add_argument("--name", help="which engine of a folder")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_name(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

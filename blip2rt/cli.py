@@ -7,27 +7,18 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .arguments import (
-    PLAN_SIZES,
-    add_bulk,
-    add_engine,
-    add_export,
-    add_options,
-    add_parts,
-    add_serve,
-    add_sizes,
-    add_strip_prefix,
-)
+from .arguments import add_bulk, add_engine, add_name, add_options, add_serve, add_strip_prefix
+from .cli_export import add_export_commands
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
-from .errors import Blip2rtError, ImageError, InputError
+from .errors import Blip2rtError, ImageError, InputError, extra
 from .inputs import BATCH_SIZE
 from .options import GenerationOptions, resolve_options
 from .pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
@@ -37,8 +28,6 @@ from .server.settings import ServerSettings
 from .tokenizer import CAPTION_PROMPT
 
 RESULT_KEYS = ("text", "score", "token_ids", "token_logprobs", "finish_reason")
-# Fields of CheckpointSource.
-SOURCE_OPTIONS = ("config", "vision", "llm", "image_size", "via_image_size", "vision_layers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,30 +59,6 @@ def run_command(command: Callable[[argparse.Namespace], int], arguments: argpars
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def export(arguments: argparse.Namespace) -> int:
-    """Build an engine directory."""
-    with _extra("export"):
-        from .bundled import CHECKPOINT
-        from .export import export_engine
-        from .export.plans import Limits
-
-    sizes = {name.replace("-", "_"): getattr(arguments, name.replace("-", "_")) for name in PLAN_SIZES}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    engine = export_engine(
-        _source(arguments, CHECKPOINT if arguments.model is None else arguments.model),
-        arguments.output,
-        precision=arguments.precision,
-        device=arguments.device,
-        tokenizer=arguments.tokenizer,
-        text_tokenizer=arguments.text_tokenizer,
-        limits=Limits(**sizes) if sizes else None,
-        refit=arguments.refit,
-        force=arguments.force,
-    )
-    print(f"built {engine}", file=sys.stderr)
-    return 0
 
 
 def caption(arguments: argparse.Namespace) -> int:
@@ -154,14 +119,14 @@ def bulk(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None and arguments.ray:
         raise InputError("with --ray every actor decodes for itself: leave --workers out")
     if arguments.ray:
-        with _extra("ray"):
+        with extra("ray"):
             from .bulk.on_ray import run_on_ray
 
         on = (arguments.engine, arguments.name, arguments.threads, arguments.actors)
         with redirect_stdout(sys.stderr):  # where Ray may say what it likes, and no row is read
             report = run_on_ray(job, arguments.output, *on)
     else:
-        with _extra("parquet"):
+        with extra("parquet"):
             report = run_bulk(job, arguments.engine, arguments.name, arguments.threads)
     print(json.dumps(asdict(report)) if arguments.json else report, file=sys.stdout if arguments.json else sys.stderr)
     return int(bool(report.failed) and not report.answered + report.kept + report.skipped)
@@ -182,10 +147,10 @@ def eval(arguments: argparse.Namespace) -> int:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Answer over HTTP: OpenAI's chat and embeddings, the Open Inference Protocol, uploads, a gallery, and a page."""
-    with _extra("serve"):
+    with extra("serve"):
         from .server.run import serve as run_server
     if arguments.grpc_port is not None:
-        with _extra("grpc"):
+        with extra("grpc"):
             from .server import inference_grpc  # noqa: F401
 
     limits = {name: getattr(arguments, name) for name, _, _ in ServerSettings.limits()}
@@ -206,18 +171,6 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def verify(arguments: argparse.Namespace) -> int:
-    """Compare an engine with the reference model, stage by stage."""
-    with _extra("export"):
-        from .export.verify import verify_engine
-
-    status = 0
-    for comparison in verify_engine(arguments.engine, _source(arguments, arguments.model), arguments.name):
-        print(json.dumps(comparison.as_dict()) if arguments.json else comparison)
-        status = status or int(comparison.first_divergence is not None)
-    return status
-
-
 def inspect(arguments: argparse.Namespace) -> int:
     """Show what is in an engine directory."""
     from .inspection import describe_engine
@@ -225,27 +178,6 @@ def inspect(arguments: argparse.Namespace) -> int:
     description = describe_engine(arguments.engine, arguments.name)
     print(json.dumps(description.as_dict()) if arguments.json else description)
     return 0
-
-
-def convert(arguments: argparse.Namespace) -> int:
-    """Write a checkpoint in another format, tensor for tensor."""
-    with _extra("export"):
-        from .export.convert import convert_checkpoint
-
-    source = _source(arguments, arguments.model)
-    differences = convert_checkpoint(source, arguments.output, arguments.to, tokenizer=arguments.tokenizer)
-    for difference in differences:
-        print(f"blip2rt: note: {difference}", file=sys.stderr)
-    print(f"wrote {arguments.output}", file=sys.stderr)
-    return 0
-
-
-def _source(arguments: argparse.Namespace, model: Any) -> Any:
-    """The checkpoint that a command names; imported here, because it loads torch."""
-    from .model import CheckpointSource
-
-    given: dict[str, Any] = {name: value for name, value in vars(arguments).items() if name in SOURCE_OPTIONS}
-    return CheckpointSource(**given | {"model": model})
 
 
 def _write_results(
@@ -319,15 +251,6 @@ def _drop_unwritten_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextmanager
-def _extra(name: str) -> Iterator[None]:
-    """Turns a missing package into the command that installs it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[{name}]'") from error
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="blip2rt", description="BLIP-2 as fast, portable engines.", allow_abbrev=False
@@ -340,14 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    add_export(command(export))
-
-    converter = command(convert)
-    converter.add_argument("model", metavar="IN", help="a checkpoint, as `blip2rt export --model` takes it")
-    converter.add_argument("output", metavar="OUT", help="a directory (transformers) or a .pth (LAVIS, mmpretrain)")
-    converter.add_argument("--to", required=True, metavar="FORMAT", help="transformers, lavis or mmpretrain")
-    converter.add_argument("--tokenizer", help="directory of its tokenizer (default: the model's or the LLM's)")
-    add_parts(converter)
+    add_export_commands(command)
 
     for run in (caption, answer, generate):
         added = command(run)
@@ -377,14 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluator.add_argument("--threads", type=int, help="cores to use (default: all)")
     add_engine(evaluator)
 
-    verifier = command(verify)
-    verifier.add_argument("engine", metavar="ENGINE")
-    verifier.add_argument("--model", required=True, help="the checkpoint that the engine was built from")
-    add_parts(verifier)
-    add_sizes(verifier)
     inspector = command(inspect)
     inspector.add_argument("engine", metavar="ENGINE")
-    for added in (verifier, inspector):
-        added.add_argument("--name", help="which engine of a folder")
-        added.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_name(inspector)
     return parser

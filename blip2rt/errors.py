@@ -1,5 +1,8 @@
 """Every error a caller can cause. Each message says what is wrong, with values, and what mends it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class Blip2rtError(Exception):
     """Base of every error that blip2rt raises on purpose."""
@@ -32,3 +35,12 @@ class ExportError(Blip2rtError):
 
 class OutputError(Blip2rtError):
     """An output that cannot be written: no permission, no space, or changed by somebody else."""
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turns a missing package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise Blip2rtError(f"this needs the package {error.name}: pip install 'blip2rt[{name}]'") from error

@@ -35,6 +35,7 @@ RUNTIME_LAYERS = (
     {"bulk", "server", "huggingface"},
     {"cli_retrieval"},
     {"arguments"},
+    {"cli_export"},
     {"cli"},
     {"__main__"},
 )
@@ -51,10 +52,13 @@ EXCEPTIONS = {
     ("blip2rt/export/pieces.py", "backends"),
     ("blip2rt/export/modules.py", "backends"),
     ("blip2rt/export/gpu.py", "backends"),
+    # calibration sees pictures and reads texts as the runtime does
+    ("blip2rt/export/__init__.py", "preprocess"),
+    ("blip2rt/export/__init__.py", "tokenizer"),
     ("blip2rt/backends/torch_modules.py", "model"),
 }
 # inside a function only: nothing but `blip2rt export` and `verify` loads torch
-ON_DEMAND = {("cli", "export"), ("cli", "model"), ("huggingface", "export")}
+ON_DEMAND = {("cli_export", "export"), ("cli_export", "model"), ("huggingface", "export")}
 
 RUNTIME_PACKAGES = {"numpy", "onnxruntime", "PIL", "tokenizers"}
 EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files that nothing else loads
@@ -65,7 +69,7 @@ EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files t
     "server": {"fastapi", "grpc", "prometheus_client", "pydantic", "ray", "starlette", "tritonclient", "uvicorn"},
 }
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}
-LOADED_WITH_EXTRAS = {"blip2rt/bulk/on_ray.py", "blip2rt/backends/torch_modules.py"}
+LOADED_WITH_EXTRAS = {"blip2rt/bulk/on_ray.py", "blip2rt/backends/torch_modules.py", "blip2rt/backends/float8.py"}
 EXPORTER_PACKAGES = {
     "model": {"torch", "safetensors", "huggingface_hub"},
     "export": {"torch", "ml_dtypes", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "transformers"},

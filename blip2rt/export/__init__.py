@@ -2,13 +2,14 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,8 +36,11 @@ from ..model.signatures import stage_specs
 from ..model.sources import find_directory
 from ..model.weight_files import read_json
 from ..native import library_path
+from ..preprocess import ImageSource, preprocess
 from ..progress import Progress
-from ..stages import StageSpec
+from ..stages import DECODER, StageSpec
+from ..tokenizer import Tokenizer
+from .calibrate import Calibration, check_calibration
 from .fuse_attention import fuse_attention
 from .gpu import describe_gpu, lower_for_gpu, write_plans
 from .graphs import trace_stage
@@ -51,12 +55,13 @@ from .weights import Written, write_stage
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
 PRECISIONS = {  # by device
     CPU: ("fp32", "int8", "int4"),
-    TORCH: ("fp32", "bf16", "fp16"),
+    TORCH: ("fp32", "bf16", "fp16", "fp8"),
     CUDA: ("fp32", "fp16", "bf16"),
     TENSORRT: ("fp16", "bf16"),  # its fused attention has no float32
 }
 GRAPHS = "graphs"  # folder of what TensorRT's plans are built from, for as long as that takes
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1.5, "int4": 1.0}  # of a parameter, the embeddings included
+# of a parameter, the embeddings included
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1.5, "int8": 1.5, "int4": 1.0}
 
 
 def export_engine(
@@ -67,6 +72,8 @@ def export_engine(
     device: str = "cpu",
     tokenizer: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
+    pictures: Sequence[ImageSource] = (),
+    texts: str | Sequence[str] = "a photo of",
     limits: Limits | None = None,
     refit: str | Path | None = None,
     force: bool = False,
@@ -79,12 +86,14 @@ def export_engine(
         model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
         precision: "fp32"; on the CPU "int8", all linear layers, or "int4", those of the language model, the others
-            int8; on GPUs "bf16" or "fp16".
+            int8; on GPUs "bf16" or "fp16"; on torch also "fp8", the decoder's linear layers, the rest bf16.
         device: "cpu"; or on a GPU "torch", the reference's own modules, "cuda", ONNX Runtime's provider, or "tensorrt",
             which must be there to build.
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
         text_tokenizer: directory of the Q-Former's (BERT's) tokenizer, for a retrieval model or one whose Q-Former
             reads questions; None: the model's own.
+        pictures: what int4's weights are calibrated with (GPTQ, `calibrate.py`); none: they are rounded by themselves.
+        texts: what stands behind each picture then, or all.
         limits: the largest sizes that TensorRT's plans are built for; None: `Limits()`.
         refit: a TensorRT engine of the same sizes, whose plans are given these weights instead of building new ones.
         force: replace an engine that is there.
@@ -109,6 +118,14 @@ def export_engine(
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     is_retrieval = isinstance(config, RetrievalConfig)
+    if pictures:
+        if precision != "int4" or device != CPU:
+            raise InputError(f"pictures calibrate the 4-bit weights of int4 on the CPU, not {precision} on {device}")
+        texts = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
+        if len(texts) != len(pictures):
+            raise InputError(f"{len(texts)} texts for {len(pictures)} pictures: give one for each, or one for all")
+    if precision == "fp8" and is_retrieval:
+        raise InputError("fp8 is for the decoder's layers, and a retrieval model has none: use bf16")
     if precision == "fp16" and isinstance(config, Blip2Config) and isinstance(config.text, T5Config):
         raise InputError("T5's feed-forward layers overflow in fp16: use bf16")
     if is_retrieval and tokenizer:
@@ -127,6 +144,8 @@ def export_engine(
         os.path.realpath(output).encode()  # what opens a tokenizer.json takes no other names
     except UnicodeEncodeError:
         raise InputError(f"the path of {str(output)!r} is not UTF-8: choose another --output") from None
+    if pictures:
+        check_calibration(config)
     tokenizers = _tokenizer_directories(checkpoint, tokenizer, text_tokenizer)
     normalisation = read_normalisation(checkpoint.directory)
     specs = stage_specs(config)
@@ -145,6 +164,13 @@ def export_engine(
             if reads_text:
                 file = directory / "question_tokenizer.json"
                 question_tokens = write_text_tokenizer(tokenizers[1], file, config.qformer.vocab_size)
+        calibration, calibrated = None, {}
+        if pictures:
+            assert isinstance(config, Blip2Config)
+            seen = [preprocess(picture, config.vision.image_size, *normalisation) for picture in pictures]
+            reader = Tokenizer(directory / "tokenizer.json", tokens, config.text.vocab_size, False)
+            calibrated = {"calibration": f"GPTQ over {len(pictures)} pictures"}
+            calibration = Calibration(checkpoint, np.stack(seen), [reader.encode(text) for text in texts])
         reference = checkpoint.build()
         kernels = "native" if precision in ("int8", "int4") and library_path() else "stock"
         graphs = directory / GRAPHS if device == TENSORRT else directory
@@ -152,7 +178,9 @@ def export_engine(
             files = dict.fromkeys(specs, write_modules(reference, specs, checkpoint, directory, precision))
         else:
             capacity = limits.capacity if device == TENSORRT else None
-            specs = _write_graphs(reference, specs, checkpoint, graphs, precision, device, kernels, capacity)
+            specs = _write_graphs(
+                reference, specs, checkpoint, graphs, precision, device, kernels, capacity, calibration
+            )
             files = {stage: f"{stage}.onnx" for stage in specs}
         manifest = Manifest(
             kind=RETRIEVAL if is_retrieval else GENERATIVE,
@@ -167,7 +195,7 @@ def export_engine(
             question_tokens=question_tokens,
             parameters=parameters,
             left_out=tuple(checkpoint.names.stored_as(name) for name in checkpoint.left_out),
-            toolchain=_toolchain() | gpu,
+            toolchain=_toolchain() | gpu | calibrated,
             parity={},
             model=config.to_dict(),
             stages={stage: Stage(files[stage], spec) for stage, spec in specs.items()},
@@ -208,6 +236,7 @@ def _write_graphs(
     device: str,
     kernels: str,
     capacity: int | None,
+    calibration: Calibration | None,
 ) -> dict[str, StageSpec]:
     """A graph for every stage, and its weights beside it; the signatures."""
     directory.mkdir(exist_ok=True)
@@ -219,7 +248,8 @@ def _write_graphs(
         graph = trace_stage(module, spec)
         weights = lower(graph, {name for name, _ in module.named_parameters()})
         if device == CPU:
-            weights = quantize(graph, stage, precision, weights, kernels)
+            by_pictures = {"rounding": calibration.round} if calibration and stage == DECODER else {}
+            weights = quantize(graph, stage, precision, weights, kernels, **by_pictures)
         else:
             weights, spec = lower_for_gpu(graph, stage, spec, precision, weights, capacity)
         if kernels == "native":

@@ -9,9 +9,10 @@ Two ways to run them. `native`: one operator of our own (`native/`), scales for 
 rounded in standard operators before `MatMulIntegerToFloat`; 4 bits: `MatMulNBits`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from .lower import StoredWeight, constant, replace_node
 from .rounding import round_weight
 
 Array = np.ndarray[Any, Any]
+RoundingOfOne = Callable[[Tensor, int, int], tuple[Array, Array]]  # as `round_weight`
+Rounding = Callable[[str, Tensor, int, int], tuple[Array, Array]]  # the same, with the weight's name before
 
 NATIVE_DOMAIN, STOCK_DOMAIN = "blip2rt", "com.microsoft"
 
@@ -53,7 +56,12 @@ class Linear:
 
 
 def quantize(
-    model: ir.Model, stage: str, precision: str, weights: list[StoredWeight], kernels: str
+    model: ir.Model,
+    stage: str,
+    precision: str,
+    weights: list[StoredWeight],
+    kernels: str,
+    rounding: Rounding = lambda _, *weight: round_weight(*weight),
 ) -> list[StoredWeight]:
     """Rewrite the linear layers of a lowered graph in place.
 
@@ -63,6 +71,7 @@ def quantize(
         precision: of the engine.
         weights: what `lower` gave.
         kernels: "native" or "stock".
+        rounding: what rounds a weight, by its name; as `round_weight` otherwise.
 
     Returns:
         What the initialisers are now to be filled with.
@@ -72,7 +81,7 @@ def quantize(
         bits = bits_of(precision, stage, linear.parameter)
         if bits < 32:
             rewrite = _native if kernels == "native" else _stock8 if bits == 8 else _stock4
-            rewritten[linear.parameter] = rewrite(graph, linear, bits)
+            rewritten[linear.parameter] = rewrite(graph, linear, bits, partial(rounding, linear.parameter))
             graph.opset_imports[NATIVE_DOMAIN if kernels == "native" else STOCK_DOMAIN] = 1
     result = []
     for stored in weights:
@@ -110,7 +119,7 @@ def find_linears(graph: ir.Graph, parameters: set[str]) -> Iterator[Linear]:
         yield Linear(node, weight.name, outputs, depth, (add, bias) if add and bias else None)
 
 
-def _native(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+def _native(graph: ir.Graph, linear: Linear, bits: int, rounding: RoundingOfOne) -> StoredWeight:
     """-> blip2rt.QuantizedMatMul(x, tiles, scales, bias)"""
     name, outputs, depth = linear.parameter, linear.outputs, linear.depth
     tiles, groups = -(-outputs // twin.TILE), -(-depth // twin.GROUP)
@@ -128,13 +137,13 @@ def _native(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
         graph.remove(linear.node, safe=True)
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
-        values, scale = round_weight(weight, bits, twin.GROUP)
+        values, scale = rounding(weight, bits, twin.GROUP)
         return {".tiles": twin.pack_weight(values, bits), ".scales": twin.pack_scales(scale)}
 
     return StoredWeight(name, f"native {bits}", convert)
 
 
-def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+def _stock8(graph: ir.Graph, linear: Linear, bits: int, rounding: RoundingOfOne) -> StoredWeight:
     """-> x / s rounded to uint8, MatMulIntegerToFloat, times s; s [..., 1] is a row's largest magnitude over 127"""
     name = linear.parameter
     values = _initializer(graph, f"{name}.values", (linear.depth, linear.outputs), ir.DataType.INT8)
@@ -159,13 +168,13 @@ def _stock8(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
     replace_node(graph, linear.node, [magnitude, largest, positive, scale, scaled, rounded, product, result])
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
-        rounded, scale = round_weight(weight, bits, weight.shape[1])
+        rounded, scale = rounding(weight, bits, weight.shape[1])
         return {".values": np.ascontiguousarray(rounded.T), ".scales": scale[:, 0]}
 
     return StoredWeight(name, "stock 8", convert)
 
 
-def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
+def _stock4(graph: ir.Graph, linear: Linear, bits: int, rounding: RoundingOfOne) -> StoredWeight:
     """-> com.microsoft.MatMulNBits with blocks of 128 and activations in 8 bits, the fastest of its variants
 
     It computes one row another way than the same row among others, so a row of zeros goes along.
@@ -190,7 +199,7 @@ def _stock4(graph: ir.Graph, linear: Linear, bits: int) -> StoredWeight:
     replace_node(graph, linear.node, [rows, padded, product, wanted, batch, shape, result])
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
-        rounded, scale = round_weight(weight, bits, block)
+        rounded, scale = rounding(weight, bits, block)
         padded = np.full((linear.outputs, groups * block), 8, np.uint8)
         padded[:, : linear.depth] = rounded + np.int8(8)
         nibbles = (padded[:, 0::2] | padded[:, 1::2] << 4).reshape(linear.outputs, groups, block // 2)

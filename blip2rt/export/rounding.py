@@ -37,7 +37,7 @@ def round_weight(weight: Tensor, bits: int, group: int) -> tuple[Array, Array]:
     for start in range(0, outputs, rows_at_once):
         rows = weight[start : start + rows_at_once]
         padded = torch.nn.functional.pad(rows, (0, groups * group - depth)).unflatten(1, (groups, group))
-        rounded, scale = (_round8 if bits == 8 else _round4)(padded)
+        rounded, scale = (_round8 if bits == 8 else round4)(padded)
         values[start : start + len(rows)] = rounded.flatten(1)[:, :depth].to(torch.int8).numpy()
         scales[start : start + len(rows)] = scale.squeeze(2).numpy()
     return values, scales
@@ -46,19 +46,19 @@ def round_weight(weight: Tensor, bits: int, group: int) -> tuple[Array, Array]:
 def _round8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, G, group] -> values of the same shape and scales [N, G, 1]."""
     scale = _bfloat16(weight.abs().amax(2, keepdim=True) / 127)
-    return _divide(weight, scale).clamp_(-127, 127), scale
+    return divide(weight, scale).clamp_(-127, 127), scale
 
 
-def _round4(weight: Tensor) -> tuple[Tensor, Tensor]:
+def round4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """[N, G, group] -> values of the same shape and scales [N, G, 1], which may be negative."""
     largest = weight.gather(2, weight.abs().argmax(2, keepdim=True))
     best_error = torch.full_like(largest, torch.inf)
     best_values, best_scale = torch.zeros_like(weight), torch.zeros_like(largest)
     for level in LARGEST:
-        values = _divide(weight, largest / level).clamp_(-8, 7)
+        values = divide(weight, largest / level).clamp_(-8, 7)
         squares = (values * values).sum(2, keepdim=True)
         scale = _bfloat16((weight * values).sum(2, keepdim=True) / squares.clamp_(min=1))
-        values = _divide(weight, scale).clamp_(-8, 7)
+        values = divide(weight, scale).clamp_(-8, 7)
         error = (weight - values * scale).square_().sum(2, keepdim=True)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -67,7 +67,7 @@ def _round4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return best_values, best_scale
 
 
-def _divide(weight: Tensor, scale: Tensor) -> Tensor:
+def divide(weight: Tensor, scale: Tensor) -> Tensor:
     """Rounded quotient; 0 where the scale is."""
     return torch.where(scale == 0, 0, weight / scale).round_()
 

@@ -24,7 +24,8 @@ class ExportBlip2rt(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is 
 
     def run(self) -> None:
         """Build it; a failure ends the process with the status that `blip2rt export` has."""
-        from blip2rt.cli import export, run_command
+        from blip2rt.cli import run_command
+        from blip2rt.cli_export import export
 
         status = run_command(export, self.args)
         if status:
