@@ -1,13 +1,16 @@
 """What callers pass: one image or a list of them, one text or a list of them."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .errors import ImageError, InputError
 from .preprocess import ImageSource
 from .results import ImageFeatures
+
+Kind = TypeVar("Kind")
 
 BATCH_SIZE = 8  # images that go through the engines together; answers do not depend on it
 
@@ -33,6 +36,20 @@ def in_batches(
                 raise ImageError(error.reason, None if first_index is None else first_index + place) from error
         features |= dict(zip(places, run(np.stack(pixel_values)), strict=True))  # [B, 3, S, S]
     return [features[i] for i in range(len(images))]
+
+
+def ahead(calls: Sequence[Callable[[], Kind]], is_worth: bool) -> Iterator[Kind]:
+    """What every call gives, in order; where it is worth it, the next one is under way while one is used."""
+    if not is_worth or len(calls) < 2:
+        for call in calls:
+            yield call()
+        return
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(calls[0])
+        for call in calls[1:]:
+            found, waiting = waiting.result(), pool.submit(call)
+            yield found
+        yield waiting.result()
 
 
 def is_list(images: Any) -> bool:

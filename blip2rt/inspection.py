@@ -1,11 +1,12 @@
 """What is in an engine directory, for people and for scripts. Needs no engine to be opened."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .engine_directory import find_engine
-from .manifest import CUDA, NATIVE, TENSORRT, TORCH, Manifest
+from .engine_directory import find_engine, find_engines
+from .manifest import CPU, CUDA, NATIVE, TENSORRT, TORCH, Manifest
 from .native import native_path
 from .stages import TensorSpec
 
@@ -114,6 +115,20 @@ def describe_engine(path: str | Path, name: str | None = None) -> Description:
     """
     directory = find_engine(path, name)
     return Description(directory, Manifest.read(directory))
+
+
+def gpus_needed(path: str | PathLike[str], name: str | None, available: float) -> int:
+    """How many GPUs a process that opens these engines is to have for itself: 1, or 0 on the CPU.
+
+    Args:
+        path, name: as for `find_engines`.
+        available: how many there are; without any, an engine of torch's modules runs on the CPU.
+
+    Raises:
+        EngineError: none there, or several of a kind.
+    """
+    devices = {Manifest.read(directory).device for directory in find_engines(path, name).values()}
+    return int(devices != {CPU} and available >= 1)
 
 
 def _signature(tensors: tuple[TensorSpec, ...]) -> str:

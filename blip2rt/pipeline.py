@@ -11,6 +11,7 @@ prompt ── tokenizer ──> prompts      B lists of ids
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -20,8 +21,8 @@ from .candidates import CANDIDATE_ROWS, checked_candidates
 from .engine_directory import checked_manifest, find_engines
 from .errors import EngineError, InputError
 from .generative import GenerativeEngine, Kind, Prompt
-from .inputs import as_list, in_batches, is_list
-from .manifest import GENERATIVE, RETRIEVAL
+from .inputs import ahead, as_list, in_batches, is_list
+from .manifest import CPU, GENERATIVE, RETRIEVAL
 from .memory import check_memory
 from .options import GenerationOptions, ResolvedOptions, resolve_options
 from .prefixes import checked_prefixes, without_prefix
@@ -327,8 +328,9 @@ class Pipeline:
         engine, sources = self.generative_engine, as_list(images)
         results: list[Kind] = []
         size = engine.batch_size
-        for start in progress(range(0, len(sources), size), "images", total=len(sources), step=size):
-            batch = slice(start, start + size)
-            features = engine.encode(sources[batch], start if is_list(images) else None)
-            results += engine.decode(kind, features, prompts[batch], options, candidates)
+        batches = [slice(start, start + size) for start in range(0, len(sources), size)]
+        encode = [partial(engine.encode, sources[batch], batch.start if is_list(images) else None) for batch in batches]
+        features = ahead(encode, is_worth=engine.manifest.device != CPU)  # where the GPU decodes, the CPU is free
+        for batch, seen in zip(progress(batches, "images", total=len(sources), step=size), features, strict=True):
+            results += engine.decode(kind, seen, prompts[batch], options, candidates)
         return results if is_list(images) else results[0]

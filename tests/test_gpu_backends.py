@@ -5,7 +5,10 @@ ONNX Runtime's CPU provider computes what the GPU would (`host_device.py`). No t
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from blip2rt.decoder import padded
 from blip2rt.export import export_engine, gpu
 from blip2rt.export.plans import Limits, plan_sizes, profile_shapes
 from blip2rt.export.verify import verify_engine
+from blip2rt.inputs import ahead
 from blip2rt.inspection import describe_engine
 from blip2rt.manifest import Manifest
 from blip2rt.model.config import Blip2Config, RetrievalConfig
@@ -140,6 +144,41 @@ def test_steps_are_captured_once(tiny_checkpoint: Path, tmp_path: Path, device: 
     assert captures
     assert pipe.caption(IMAGES[0], max_new_tokens=8, min_new_tokens=8) == first
     assert (device.num_captures, len(device.memory)) == (captures, blocks)
+
+
+def test_threads_do_not_meet(tiny_checkpoint: Path, tmp_path: Path, device: HostDevice) -> None:
+    """Eight threads over one stream, with its captures and its pool, say what one says."""
+    export_engine(tiny_checkpoint, tmp_path / "trt", device="tensorrt", precision="fp16")
+    pipe = Pipeline(tmp_path / "trt")
+    asked = [(image, prompt) for image in IMAGES for prompt in PROMPTS]
+
+    def answer(question: tuple[Any, str]) -> tuple[str, float]:
+        result = pipe.generate(*question, max_new_tokens=12, num_beams=3)
+        return result.text, result.score
+
+    alone = [answer(question) for question in asked]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(answer, asked * 4)) == alone * 4
+
+
+def test_the_next_is_under_way() -> None:
+    """While the first is used the second is made; an error comes in its turn, and nothing after it is begun."""
+    begun = [Event() for _ in range(4)]
+
+    def make(i: int) -> int:
+        begun[i].set()
+        if i == 2:
+            raise ValueError("the third")
+        return i
+
+    results = ahead([partial(make, i) for i in range(4)], is_worth=True)
+    assert next(results) == 0
+    assert begun[1].wait(10)
+    assert next(results) == 1
+    with pytest.raises(ValueError, match="the third"):
+        next(results)
+    assert not begun[3].is_set()
+    assert list(ahead([partial(make, i) for i in (0, 1, 3)], is_worth=False)) == [0, 1, 3]
 
 
 def test_refit(

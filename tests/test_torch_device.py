@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from blip2rt import EngineError, InputError, Pipeline
-from blip2rt.backends import open_stages
+from blip2rt.backends import float8, open_stages
 from blip2rt.backends.torch_modules import Stage
 from blip2rt.cli import main
 from blip2rt.export import export_engine
 from blip2rt.export.verify import verify_engine
+from blip2rt.inspection import describe_engine, gpus_needed
 from blip2rt.manifest import Manifest
 from blip2rt.model import Checkpoint
 
@@ -84,6 +85,41 @@ def test_half_the_bits(checkpoint: Path, tmp_path: Path) -> None:
     assert found.score == pytest.approx(expected.score, abs=0.1)
 
 
+@pytest.mark.parametrize("model_type", ["opt", "t5"])
+def test_weights_of_eight_bits(model_type: str, tmp_path: Path, checkpoint_maker: Callable[..., Path]) -> None:
+    """fp8: linear layers of sizes that a GPU multiplies, each weight within half a step of what it was."""
+    heads: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2}
+    text: dict[str, Any] = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 48}
+    if model_type == "opt":
+        text = {**heads, "word_embed_proj_dim": 32, "ffn_dim": 48}
+    checkpoint = checkpoint_maker(tmp_path / "checkpoint", 2, model_type, **text)
+    cpu, modules = engines(checkpoint, tmp_path, "fp8")
+    stored, reference = load_file(tmp_path / "torch" / "weights.safetensors"), Checkpoint(checkpoint)
+    rounded = [name for name, value in stored.items() if value.dtype == float8.TYPE]
+    assert len(rounded) > 3
+    for name in rounded:
+        assert name.startswith("decoder.blocks.")
+        expected, scale = reference.parameter(name), stored[name.replace(".weight", ".scale")]
+        error = (stored[name].float() * scale - expected).abs()
+        assert (error <= expected.abs() / 16 + scale / 512 * 1.001).all()  # 3 bits behind the first; subnormal steps
+    expected, found = (pipe.caption(IMAGES[0], num_beams=3, max_new_tokens=3) for pipe in (cpu, modules))
+    assert found.score == pytest.approx(expected.score, abs=0.3)
+    assert "fp8 on torch" in str(describe_engine(tmp_path / "torch"))
+
+
+def test_an_outlier_spoils_its_own_row_only() -> None:
+    """One channel a hundred times the others, as OPT's are, in one row: the products of the other rows stay."""
+    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+    spoiled = x.clone()
+    spoiled[2, 7] *= 100
+    rounded, scale = float8.round_rows(weight)
+    one, two = (float8.multiply(*float8.round_rows(rows), rounded, scale, torch.float32) for rows in (x, spoiled))
+    others = [0, 1, 3, 4]
+    assert torch.equal(one[others], two[others])
+    exact = spoiled @ weight.t()
+    assert (two - exact).norm() < 0.05 * exact.norm()
+
+
 def test_retrieval(tiny_retrieval_checkpoint: Path, tmp_path: Path) -> None:
     """Stages that share their weights; each is stored once."""
     cpu, modules = engines(tiny_retrieval_checkpoint, tmp_path)
@@ -145,20 +181,34 @@ def test_verify_and_damage(tiny_checkpoint: Path, tmp_path: Path, capsys: pytest
 
 
 def test_wrong_combinations(
-    tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path, checkpoint_maker: Callable[..., Path]
+    tiny_checkpoint: Path,
+    tiny_retrieval_checkpoint: Path,
+    tiny_engine: Path,
+    tmp_path: Path,
+    checkpoint_maker: Callable[..., Path],
 ) -> None:
     for device, precision, message in (
-        ("torch", "int4", "'int4' is not one of fp32, bf16, fp16 .device torch."),
+        ("torch", "int4", "'int4' is not one of fp32, bf16, fp16, fp8 .device torch."),
         ("cpu", "bf16", "no bf16 kernels"),
-        ("tensorrt", "fp16", "'tensorrt' is not one of cpu, torch"),
+        ("metal", "fp16", "'metal' is not one of cpu, torch, cuda, tensorrt"),
+        ("cuda", "fp8", "'fp8' is not one of fp32, fp16, bf16 .device cuda."),
     ):
         with pytest.raises(InputError, match=message):
             export_engine(tiny_checkpoint, tmp_path / "none", device=device, precision=precision)
+    with pytest.raises(InputError, match="a retrieval model has none: use bf16"):
+        export_engine(tiny_retrieval_checkpoint, tmp_path / "none", device="torch", precision="fp8")
     t5 = checkpoint_maker(tmp_path / "t5", 1, "t5")
     with pytest.raises(InputError, match="T5's feed-forward layers overflow in fp16: use bf16"):
         export_engine(t5, tmp_path / "none", device="torch", precision="fp16")
     with pytest.raises(EngineError, match=r"was built for 'cpu', not 'torch': .*--device torch"):
         Pipeline(tiny_engine, device="torch")
+
+
+def test_a_gpu_for_each_process(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
+    """What Ray is asked for: none for an engine of the CPU, and none where none is."""
+    engine = export_engine(tiny_checkpoint, tmp_path / "torch", device="torch")
+    assert [gpus_needed(engine, None, available) for available in (0, 0.5, 1, 8)] == [0, 0, 1, 1]
+    assert gpus_needed(tiny_engine, None, 8) == 0
 
 
 def test_without_torch(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # v
             "image_size": 28,
         },
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        {"hidden_size": 40, "word_embed_proj_dim": 40, "ffn_dim": 80, "num_hidden_layers": 2}
+        {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 96, "num_hidden_layers": 2}
         | {"num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 128},
     ),
 }
@@ -136,6 +136,18 @@ def caption_figures(
     return {"seconds": seconds, "captions/s": len(pixels) / seconds}
 
 
+def float8_figures(ours: Ours, device: torch.device) -> dict[str, Any]:
+    """A decoding step in fp8 beside the same in the precision of the run; the decoder stays rounded."""
+    sizes = [(1, 1), (1, BEAMS), (8, BEAMS)]
+    before = [seconds_of(ours.bound_step(*size), device) for size in sizes]
+    ours.round_decoder()
+    after = [seconds_of(ours.bound_step(*size), device) for size in sizes]
+    return {
+        f"step of {batch} x {rows} rows": {"ms": 1e3 * fp8, "times as fast": full / fp8}
+        for (batch, rows), full, fp8 in zip(sizes, before, after, strict=True)
+    }
+
+
 def measure(size: str, device: torch.device, precision: str, minutes: float) -> dict[str, Any]:
     """All figures."""
     report = Report(60 * minutes)
@@ -160,6 +172,7 @@ def measure(size: str, device: torch.device, precision: str, minutes: float) -> 
         for beams in (BEAMS, 1):
             figures = partial(caption_figures, peer, ours.pixels(1), beams, device, 2)
             report.add(f"transformers compiled, batch 1, beams {beams}", figures)
+    report.add("fp8", partial(float8_figures, ours, device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     settings = {"size": size, "precision": precision, "new tokens": NEW_TOKENS}

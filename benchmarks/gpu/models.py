@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration
 
+from blip2rt.backends.float8 import replace_linears
 from blip2rt.backends.torch_modules import Stage
 from blip2rt.decoder import CachedDecoder, lay_out_rows
 from blip2rt.model import Blip2, Blip2Config
@@ -72,6 +73,10 @@ class Ours:
         self._stages = {
             name: Stage(name, model.get_submodule(name), spec, dtype, device) for name, spec in self._specs.items()
         }
+
+    def round_decoder(self) -> None:
+        """From now on the decoder's linear layers are fp8; their old weights go, which transformers' model shares."""
+        replace_linears(self._model.decoder.blocks)
 
     def pixels(self, batch: int) -> Array:
         """Random pixel values [B, 3, S, S]."""

@@ -28,7 +28,7 @@ class Launcher(Protocol):
     spec: StageSpec
 
     def launch(self, inputs: Mapping[str, Place], outputs: Mapping[str, Place], is_repeated: bool) -> None:
-        """Put the stage on the device's stream.
+        """Put the stage on the device's stream; no other thread does so meanwhile.
 
         Args:
             inputs: where they lie.
@@ -77,12 +77,13 @@ class DeviceBinding:
     def run(self) -> None:
         """Run once."""
         start, device = perf_counter(), self._pool.device
-        for name, array in self._sent.items():
-            device.to_device(self._inputs[name][0], array)
-        self._stage.launch(self._inputs, self._outputs, self._is_repeated)
-        for name, (_, whole) in self._wanted.items():
-            device.to_host(whole, self._outputs[name][0])
-        device.synchronize()
+        with self._pool.using:
+            for name, array in self._sent.items():
+                device.to_device(self._inputs[name][0], array)
+            self._stage.launch(self._inputs, self._outputs, self._is_repeated)
+            for name, (_, whole) in self._wanted.items():
+                device.to_host(whole, self._outputs[name][0])
+            device.synchronize()
         for array, whole in self._wanted.values():
             if whole is not array:
                 array[...] = whole[..., : array.shape[-1]]

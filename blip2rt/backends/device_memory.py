@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,10 +61,16 @@ class Device(Protocol):
 
 
 class Pool:
-    """Memory of a device that is used again and again."""
+    """Memory of a device that is used again and again.
+
+    Attributes:
+        device: whose memory it is.
+        using: held by the thread that puts work on the device's stream, so that no other's gets into what it captures.
+    """
 
     def __init__(self, device: Device):
         self.device = device
+        self.using = RLock()
         self._lock = Lock()
         self._free: dict[int, list[int]] = defaultdict(list)  # heaps of addresses, by size
 
@@ -121,21 +127,24 @@ class DeviceCache:
 
     def write(self, array: Array) -> None:
         """Fill it with an array of its shape and item size."""
-        self._device.to_device(self.address, array)
+        with self._pool.using:
+            self._device.to_device(self.address, array)
 
     def read(self, dtype: Any) -> Array:
         """What it holds, as an array of this type."""
         array: Array = np.empty(self.shape, dtype)
-        self._device.to_host(array, self.address)
-        self._device.synchronize()
+        with self._pool.using:
+            self._device.to_host(array, self.address)
+            self._device.synchronize()
         return array
 
     def keep(self, images: Sequence[int]) -> None:
         """See `Cache`."""
         size = self._size(self.shape[1:])
-        for to, image in enumerate(images):
-            if to != image:
-                self._device.copy(self.address + to * size, size, self.address + image * size, size, size, 1)
+        with self._pool.using:
+            for to, image in enumerate(images):
+                if to != image:
+                    self._device.copy(self.address + to * size, size, self.address + image * size, size, size, 1)
         self.shape = (len(images), *self.shape[1:])
 
     def grow(self, capacity: int, rows: int) -> None:
@@ -145,7 +154,8 @@ class DeviceCache:
         self.shape = (batch, heads, capacity, width)
         self._buffer = self._zeros(self.shape)
         pitches = capacity * row, old_capacity * row
-        self._device.copy(self.address, pitches[0], old.address, pitches[1], rows * row, batch * heads)
+        with self._pool.using:
+            self._device.copy(self.address, pitches[0], old.address, pitches[1], rows * row, batch * heads)
 
     def move_rows(self, image: int, rows: Array, to: int) -> None:
         """See `Cache`."""
@@ -153,14 +163,16 @@ class DeviceCache:
         row = width * self._item_size
         pitch = capacity * row
         start = self.address + image * heads * pitch
-        for first, length in _runs(rows.tolist(), to):
-            if first != to:
-                self._device.copy(start + to * row, pitch, start + first * row, pitch, length * row, heads)
-            to += length
+        with self._pool.using:
+            for first, length in _runs(rows.tolist(), to):
+                if first != to:
+                    self._device.copy(start + to * row, pitch, start + first * row, pitch, length * row, heads)
+                to += length
 
     def _zeros(self, shape: Sequence[int]) -> Buffer:
         buffer = Buffer(self._pool, self._size(shape))
-        self._device.fill_zeros(buffer.address, self._size(shape))
+        with self._pool.using:
+            self._device.fill_zeros(buffer.address, self._size(shape))
         return buffer
 
     def _size(self, shape: Sequence[int]) -> int:

@@ -7,7 +7,6 @@ import mmap
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,6 @@ class Stage:
                 raise EngineError(f"the GPU has no memory left for {path}: close what else runs on it")
             context.set_optimization_profile_async(profile, pool.device.stream)
             self._contexts.append(context)
-        self._lock = Lock()
         self._graphs: OrderedDict[Any, Callable[[], None]] = OrderedDict()
         self._spare: dict[str, Buffer] = {}  # for outputs that nobody wants: TensorRT writes all
         shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
@@ -123,20 +121,19 @@ class Stage:
     def launch(self, inputs: Mapping[str, Place], outputs: Mapping[str, Place], is_repeated: bool) -> None:
         """See `Launcher`. What repeats is captured, or was captured over the same places before."""
         places = (*inputs.items(), *outputs.items())
-        with self._lock:
-            graph = self._graphs.get(places)
-            if graph is not None:
-                self._graphs.move_to_end(places)
-                graph()
-                return
-            context = self._prepare(inputs, outputs)
-            if is_repeated:
-                self._graphs[places] = self.pool.device.capture(lambda: self._enqueue(context))
-                while len(self._graphs) > MOST_GRAPHS:
-                    self._graphs.popitem(last=False)
-                self._graphs[places]()
-            else:
-                self._enqueue(context)
+        graph = self._graphs.get(places)
+        if graph is not None:
+            self._graphs.move_to_end(places)
+            graph()
+            return
+        context = self._prepare(inputs, outputs)
+        if is_repeated:
+            self._graphs[places] = self.pool.device.capture(lambda: self._enqueue(context))
+            while len(self._graphs) > MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            self._graphs[places]()
+        else:
+            self._enqueue(context)
 
     def _prepare(self, inputs: Mapping[str, Place], outputs: Mapping[str, Place]) -> Any:
         """A context with everything in its place.

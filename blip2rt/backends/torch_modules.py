@@ -1,12 +1,15 @@
 """The reference model's own modules as engines: on a GPU where there is one, else on the CPU.
 
-Weights lie in one safetensors file, in the precision they are computed in. A binding that runs again with the same
+Weights lie in one safetensors file, in the precision they are computed in (`float8.py` has the one that is not the
+activations', too). A binding that runs again with the same
 buffers is captured as a CUDA graph: a decoding step is then one launch, whatever the number of kernels.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -21,13 +24,16 @@ from ..model import Blip2, Blip2Retrieval
 from ..model.config import read_sizes
 from ..model.layers import CacheInPlace
 from ..model.retrieval import stored_name
-from ..stages import StageSpec
+from ..stages import DECODER, StageSpec
 from ..trace import trace
 from .array_cache import ArrayCache
+from .float8 import replace_linears
 
 Array = np.ndarray[Any, Any]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what is computed in; fp8 is that of the decoder's linear layers alone
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+GPU = Lock()  # held while a thread uses it: what another did meanwhile would get into a graph that is being captured
 
 
 def open_modules(directory: Path, manifest: Manifest, threads: int | None = None) -> dict[str, "Stage"]:
@@ -71,6 +77,8 @@ def build(manifest: Manifest, read: Callable[[str], Tensor], prefix: str = "") -
     with torch.device("meta"):
         kind = Blip2 if manifest.kind == GENERATIVE else Blip2Retrieval
         model = kind(read_sizes(manifest.model))  # type: ignore[arg-type]
+    if manifest.precision == "fp8":
+        replace_linears(model.get_submodule(f"{DECODER}.blocks"))
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names = [
         name
@@ -95,6 +103,7 @@ class Stage:
 
     def __init__(self, name: str, module: nn.Module, spec: StageSpec, dtype: torch.dtype, device: torch.device):
         self.name, self.module, self.spec, self.dtype, self.device = name, module, spec, dtype, device
+        self.using: AbstractContextManager[Any] = GPU if device.type == "cuda" else nullcontext()
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once; inputs and outputs by the names of `stages.py`."""
@@ -151,15 +160,16 @@ class Binding:
     def run(self) -> None:
         """Run once."""
         start = perf_counter()
-        for name, host in self._host.items():
-            self._device[name].copy_(within(host, self._stage.dtype))
-        try:
-            self._launch()
-        except RuntimeError as error:  # torch's, out of memory among them
-            reason = str(error).strip().partition("\n")[0]
-            raise EngineError(f"stage {self._stage.name!r} failed: {reason}") from error
-        for name, array in self._outputs.items():
-            array.copy_(self.results[name])
+        with self._stage.using:
+            for name, host in self._host.items():
+                self._device[name].copy_(within(host, self._stage.dtype))
+            try:
+                self._launch()
+            except RuntimeError as error:  # torch's, out of memory among them
+                reason = str(error).strip().partition("\n")[0]
+                raise EngineError(f"stage {self._stage.name!r} failed: {reason}") from error
+            for name, array in self._outputs.items():
+                array.copy_(self.results[name])
         trace.seconds(self._stage.name, perf_counter() - start)
 
     def _launch(self) -> None:
@@ -170,7 +180,7 @@ class Binding:
             return
         if self._graph is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.results = self._forward()
             self._graph = graph
         self._graph.replay()

@@ -29,6 +29,7 @@ from ray.data.datasource import BlockBasedFileDatasink, Datasource, ReadTask, Wr
 from ray.exceptions import RayError
 
 from ..errors import Blip2rtError, InputError, OutputError
+from ..inspection import gpus_needed
 from ..pipeline import Pipeline
 from .decoding import decode
 from .items import Item
@@ -93,6 +94,7 @@ def run_on_ray(
         checkpoint = CheckpointConfig("key", state.checkpoint, delete_checkpoint_on_success=False)
         checkpoint.checkpoint_actor_memory_bytes = 0  # as much as the keys need, which Ray finds itself
         context.checkpoint_config = checkpoint
+        gpus = gpus_needed(engine, name, ray.cluster_resources().get("GPU", 0))
         try:
             ray.data.read_datasource(ItemSource(plan.source), num_cpus=0).map_batches(
                 Answerer,
@@ -101,6 +103,7 @@ def run_on_ray(
                 batch_format="pyarrow",
                 compute=ActorPoolStrategy(min_size=1, max_size=actors),
                 num_cpus=threads,
+                num_gpus=gpus,  # of its own: Ray shows an actor no other
             ).write_datasink(sink, ray_remote_args=NO_CPU)
         finally:
             context.checkpoint_config = None

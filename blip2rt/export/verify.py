@@ -31,7 +31,7 @@ Array = np.ndarray[Any, Any]
 # fp32: largest difference over the reference's largest value, after every piece, all errors before it included.
 # Others: root mean square of the difference over that of the reference, of every piece by itself, on the reference's
 # input. Rounding errors grow from block to block, in random models without bounds; a piece's own error does not.
-LIMITS = {"fp32": 2e-4, "bf16": 0.03, "fp16": 0.005, "int8": 0.08, "int4": 0.35}
+LIMITS = {"fp32": 2e-4, "bf16": 0.03, "fp16": 0.005, "fp8": 0.1, "int8": 0.08, "int4": 0.35}
 
 WHOLE = 10  # times as far from the reference may be a stage that cannot be cut into pieces, with all errors in it
 

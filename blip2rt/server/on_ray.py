@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import ray
 from fastapi import FastAPI
 from ray import serve
 
 from ..engine_directory import checked_manifest, find_engines
 from ..errors import InputError
+from ..inspection import gpus_needed
 from .app import create_app
 from .engines import Engines
 from .metrics import Metrics
@@ -48,13 +50,14 @@ def application(arguments: Mapping[str, object]) -> serve.Application:
         metrics = Metrics()
         return create_app(Engines(engine, name, threads, settings, metrics), settings, metrics, threads)
 
+    gpus = ray.cluster_resources().get("GPU", 0) if ray.is_initialized() else 0
     replica = serve.deployment(
         name="blip2rt",
         num_replicas=replicas,
         # the application's own limits answer before Ray's queue grows
         max_ongoing_requests=2 * (settings.max_queue + settings.max_batch + settings.max_uploads),
         graceful_shutdown_timeout_s=settings.timeout,
-        ray_actor_options={"num_cpus": threads},
+        ray_actor_options={"num_cpus": threads, "num_gpus": gpus_needed(engine, name, gpus)},
     )
     bound: serve.Application = replica(serve.ingress(build)()).bind()
     return bound
