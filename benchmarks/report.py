@@ -30,7 +30,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def figures() -> str:
     """Markdown of all figures."""
-    return "\n".join((full_size(load("full-size-opt-2.7b")), linears(load("linears")), tree_cache(load("tree-cache"))))
+    parts = (
+        full_size(load("full-size-opt-2.7b")),
+        openvino(load("openvino-opt-2.7b")),
+        linears(load("linears")),
+        tree_cache(load("tree-cache")),
+    )
+    return "\n".join(parts)
 
 
 def full_size(result: dict[str, Any]) -> str:
@@ -83,6 +89,29 @@ def floors(precision: str, engine: dict[str, Any]) -> list[str]:
         *([f"In batches, a picture: {batches}."] if batches else []),
         "",
     ]
+
+
+def openvino(result: dict[str, Any]) -> str:
+    """Our int4 engine beside OpenVINO's."""
+    version, rows = result["versions"]["openvino"].partition("-")[0], []
+    for name, figures in result["figures"].items():
+        ours, theirs = figures["blip2rt"], figures["openvino"]
+        name = name.replace("1 pictures", "1 picture").replace("1 beams", "greedy")
+        rows.append(
+            f"| {name} | {ours['seconds']:.2f} s | {theirs['seconds']:.2f} s | {figures['ratio']:.2f} x "
+            f"| {ours['peak_gb']:.1f} GB | {theirs['peak_gb']:.1f} GB |"
+        )
+    return "\n".join(
+        (
+            f"The same model beside OpenVINO {version}, whose parts were built by hand;",
+            f"{result['task']} (`{result['command']}`):",
+            "",
+            "| | blip2rt | OpenVINO | as fast | memory | theirs |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+        )
+    )
 
 
 def linears(result: dict[str, Any]) -> str:
