@@ -9,6 +9,7 @@ import json
 import struct
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,13 +21,18 @@ import onnxruntime as ort
 Array = np.ndarray[Any, Any]
 
 
+DEVICES: list["HostDevice"] = []  # by stream
+
+
 class HostDevice:
     """See `blip2rt.backends.device_memory.Device`."""
 
     kind = "cpu"
-    stream = 0
 
     def __init__(self) -> None:
+        DEVICES.append(self)
+        self.stream = len(DEVICES) - 1
+        self.recorded: list[Callable[[], None]] | None = None  # while a graph is captured
         self.memory: dict[int, Array] = {}
         self.num_captures = 0
         self.most: int | None = None  # bytes
@@ -68,8 +74,17 @@ class HostDevice:
         pass
 
     def capture(self, launch: Callable[[], None]) -> Callable[[], None]:
+        """What is launched is not run but recorded, with the addresses and shapes of this moment, as CUDA does."""
         self.num_captures += 1
-        return launch
+        self.recorded = []
+        launch()
+        recorded, self.recorded = self.recorded, None
+
+        def replay() -> None:
+            for run in recorded:
+                run()
+
+        return replay
 
     def _inside(self, address: int, size: int) -> int:
         """The address, of which so many bytes belong to one block."""
@@ -202,22 +217,30 @@ class Context:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        run = partial(self._run, dict(self._addresses), dict(self._shapes))
+        recorded = DEVICES[stream].recorded
+        if recorded is None:
+            run()
+        else:
+            recorded.append(run)
+        return True
+
+    def _run(self, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
         binding = self._session.io_binding()
-        for name, address in self._addresses.items():
+        for name, address in addresses.items():
             if name.startswith("past_"):
-                assert address == self._addresses[name.replace("past_", "present_")]
+                assert address == addresses[name.replace("past_", "present_")]
         sizes: dict[str, int] = {}
         for value in self._engine.model.graph.input:
             kind, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
-            shape = self._shapes[value.name]
+            shape = shapes[value.name]
             sizes |= {d.dim_param: n for d, n in zip(dims, shape, strict=True) if d.dim_param}
-            binding.bind_input(value.name, "cpu", 0, kind, shape, self._addresses[value.name])
+            binding.bind_input(value.name, "cpu", 0, kind, shape, addresses[value.name])
         for value in self._engine.model.graph.output:
             kind, dims = value.type.tensor_type.elem_type, value.type.tensor_type.shape.dim
             shape = tuple(sizes[d.dim_param] if d.dim_param else d.dim_value for d in dims)
-            binding.bind_output(value.name, "cpu", 0, kind, shape, self._addresses[value.name])
+            binding.bind_output(value.name, "cpu", 0, kind, shape, addresses[value.name])
         self._session.run_with_iobinding(binding)
-        return True
 
 
 class Runtime:

@@ -272,7 +272,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda e: sign(e, lambda m: m.update(format_revision=FORMAT_REVISION + 1)),
         f"format revision {FORMAT_REVISION + 1}",
     ),
-    "another device": (lambda e: sign(e, lambda m: m.update(device="cuda")), "was built for 'cuda'"),
+    "another device": (lambda e: sign(e, lambda m: m.update(device="metal")), "was built for 'metal'"),
     "no graph": (spoil_graph, "vision.onnx cannot be opened"),
 }
 

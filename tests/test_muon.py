@@ -34,7 +34,7 @@ def trained(steps: int = 4, kind: Callable[..., torch.optim.Optimizer] = Muon, *
 
 
 def test_steps_are_those_of_torch() -> None:
-    """It rounds to bfloat16 in the iteration; this one only where that is fast."""
+    """It rounds to bfloat16 in the iteration; this one only where the training does."""
     expected = trained(kind=torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
     for ours, theirs, start in zip(trained(), expected, trained(steps=0), strict=True):
         assert (ours - theirs).norm() < 0.02 * (theirs - start).norm()

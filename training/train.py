@@ -77,7 +77,7 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
     state: dict[str, Any] = folder.load() or {"step": 0, "positions": None, "bad": [0, []]}
     batches, bad = open_batches(recipe, accelerator, built, state)
     task = shard(built.task, accelerator.device) if run.shard else built.task.to(accelerator.device)
-    optimizers = build_optimizers(task.model.named_parameters(), rates)
+    optimizers = build_optimizers(task.model.named_parameters(), rates, run.precision)
     held = [(parameter, spread(learns, parameter)) for parameter, learns in key_biases(task)]
     if state["step"]:
         restore(task, optimizers, state)

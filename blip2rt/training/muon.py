@@ -1,8 +1,8 @@
 """Muon: momentum, made orthogonal, for the matrices of blocks.
 
 Steps as torch.optim.Muon takes them, but for two things that decide the time on a CPU: the Newton-Schulz iteration
-runs in float32 where bfloat16 has no fast products, and each process of several makes its share of the matrices
-orthogonal instead of all of them.
+runs in bfloat16 only where the training does, and each process of several makes its share of the matrices orthogonal
+instead of all of them.
 
 Source: Jordan et al., Muon (https://kellerjordan.github.io/posts/muon); Liu et al., Muon is Scalable for LLM Training.
 """
@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .precision import fast_precision
 from .sharding import full, spread
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -29,11 +28,18 @@ class Muon(Optimizer):
     Args:
         params: Matrices, or groups of them (`params`, `lr`, `weight_decay`); in the same order in every process, with
             the same gradients.
+        dtype: that matrices are made orthogonal in.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, weight_decay: float = 0.1, momentum: float = 0.95
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self._dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -48,18 +54,15 @@ class Muon(Optimizer):
             average = state["momentum_buffer"]
             average.lerp_(parameter.grad, 1 - group["momentum"])
             directions.append(full(parameter.grad.lerp(average, group["momentum"])))
-        for (parameter, group), direction in zip(learning, shared_orthogonal(directions), strict=True):
+        for (parameter, group), direction in zip(learning, shared_orthogonal(directions, self._dtype), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(spread(direction, parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape)))
 
 
-def shared_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
+def shared_orthogonal(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`orthogonal` of each; every process computes a share of them, and all get all."""
     processes = dist.get_world_size() if dist.is_initialized() else 1
-    if not matrices:
-        return []
-    dtype = torch.bfloat16 if fast_precision(matrices[0].device) == "bf16" else torch.float32
-    if processes == 1:
+    if processes == 1 or not matrices:
         return [orthogonal(matrix, dtype) for matrix in matrices]
     rank, work = dist.get_rank(), [0] * processes
     result = matrices[0].new_zeros(sum(matrix.numel() for matrix in matrices))

@@ -16,8 +16,10 @@ from .sharding import full
 BLOCK = re.compile(r"vision\.blocks\.(\d+)\.")
 
 
-def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], recipe: OptimizerRecipe) -> list[Optimizer]:
-    """Optimisers over the parameters that learn.
+def build_optimizers(
+    named: Iterable[tuple[str, nn.Parameter]], recipe: OptimizerRecipe, precision: str = "fp32"
+) -> list[Optimizer]:
+    """Optimisers over the parameters that learn; `precision` is that of the training.
 
     Vectors (biases, norms) do not decay. Muon takes the matrices of blocks, AdamW all else: embeddings, heads,
     convolutions. Each group's `scale` times the step's rate is its learning rate.
@@ -42,7 +44,8 @@ def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], recipe: Optimize
     if adamw:
         optimizers.append(AdamW(adamw, lr=recipe.learning_rate, betas=(recipe.betas[0], recipe.betas[1])))
     if muon:  # rates of AdamW fit it
-        optimizers.append(Muon(muon, lr=recipe.learning_rate))
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        optimizers.append(Muon(muon, lr=recipe.learning_rate, dtype=dtype))
     return optimizers
 
 
