@@ -43,7 +43,7 @@ class HostDevice:
     def allocate(self, size: int) -> int:
         from blip2rt import EngineError
 
-        if self.most is not None and size + sum(block.nbytes for block in self.memory.values()) > self.most:
+        if self.most is not None and size + sum(block.nbytes for block in self.memory.copy().values()) > self.most:
             raise EngineError("the GPU has no memory left")
         block = np.full(size, 0xFF, np.uint8)
         self.memory[block.ctypes.data] = block
@@ -88,7 +88,7 @@ class HostDevice:
 
     def _inside(self, address: int, size: int) -> int:
         """The address, of which so many bytes belong to one block."""
-        for start, block in self.memory.items():
+        for start, block in self.memory.copy().items():  # other threads allocate meanwhile
             if start <= address and address + size <= start + block.nbytes:
                 return address
         raise AssertionError(f"{size} bytes at {address} are in no block")
