@@ -34,6 +34,7 @@ Here B counts texts in the text stage and pairs in the itm stage. `text_mask` [B
 padding.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 VISION, QFORMER, ENCODER, DECODER = "vision", "qformer", "encoder", "decoder"
@@ -59,6 +60,16 @@ class StageSpec:
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+
+
+def sizes_of(inputs: tuple[TensorSpec, ...], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """The sizes of the legend that inputs of these shapes have."""
+    return {
+        size: n
+        for tensor in inputs
+        for size, n in zip(tensor.shape, shapes[tensor.name], strict=True)
+        if isinstance(size, str)
+    }
 
 
 def cache_names(num_layers: int, prefix: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..stages import StageSpec
+from ..stages import StageSpec, sizes_of
 from ..trace import trace
 from .device_memory import Buffer, DeviceCache, Pool
 
@@ -102,11 +102,9 @@ class DeviceBinding:
 def call(stage: Launcher, pool: Pool, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """Run a stage once, arrays in, arrays out."""
     binding = DeviceBinding(stage, pool)
-    sizes: dict[str, int] = {}
+    sizes = sizes_of(stage.spec.inputs, {name: array.shape for name, array in inputs.items()})
     for tensor in stage.spec.inputs:
-        array = np.ascontiguousarray(inputs[tensor.name])
-        sizes |= {size: n for size, n in zip(tensor.shape, array.shape, strict=True) if isinstance(size, str)}
-        binding.input(tensor.name, array)
+        binding.input(tensor.name, np.ascontiguousarray(inputs[tensor.name]))
     found: dict[str, Array] = {}
     for tensor in stage.spec.outputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]

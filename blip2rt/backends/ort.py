@@ -40,7 +40,7 @@ class Stage:
             self.session = ort.InferenceSession(path, session_options(threads), providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise EngineError(
-                f"{path} cannot be opened ({_first_line(error)}); build it anew with `blip2rt export`"
+                f"{path} cannot be opened ({first_line(error)}); build it anew with `blip2rt export`"
             ) from error
         self.output_names = [output.name for output in self.session.get_outputs()]
 
@@ -64,7 +64,7 @@ class Stage:
         try:
             result = run()
         except Exception as error:  # see above
-            raise EngineError(f"stage {self.name!r} failed: {_first_line(error)}") from error
+            raise EngineError(f"stage {self.name!r} failed: {first_line(error)}") from error
         trace.seconds(self.name, perf_counter() - start)
         return result
 
@@ -124,5 +124,6 @@ def _address(array: Array) -> int:
     return array.ctypes.data
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what ONNX Runtime says, which goes on for many."""
     return str(error).strip().splitlines()[0]

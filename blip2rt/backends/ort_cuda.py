@@ -14,6 +14,7 @@ from ..manifest import Manifest
 from ..stages import DECODER, StageSpec
 from .device_binding import ITEM_SIZES, DeviceBinding, Place, call
 from .device_memory import CudaDevice, Device, DeviceCache, Pool
+from .ort import first_line
 
 Array = np.ndarray[Any, Any]
 PROVIDER = "CUDAExecutionProvider"
@@ -91,7 +92,7 @@ class Stage:
         try:
             self._session = ort.InferenceSession(path, options, providers=chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise EngineError(f"{path} cannot be opened ({_first_line(error)}): see to the GPU's driver") from error
+            raise EngineError(f"{path} cannot be opened ({first_line(error)}): see to the GPU's driver") from error
         shapes = {tensor.name: tensor.shape for tensor in spec.outputs}
         self.batch_size = 64
         self.longest_shortlist = int(shapes["best_tokens"][-1]) if "best_tokens" in shapes else 0
@@ -122,14 +123,10 @@ class Stage:
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:  # see above
-            raise EngineError(f"stage {self.name!r} failed: {_first_line(error)}") from error
+            raise EngineError(f"stage {self.name!r} failed: {first_line(error)}") from error
 
     def _graph(self, inputs: Mapping[str, Place], outputs: Mapping[str, Place], is_repeated: bool) -> str:
         places = (*inputs.items(), *outputs.items())
         if is_repeated and places not in self._graphs and len(self._graphs) < MOST_GRAPHS:
             self._graphs[places] = str(next(self._numbers))
         return self._graphs.get(places, NO_GRAPH)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

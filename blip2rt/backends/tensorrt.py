@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import EngineError, InputError
 from ..manifest import Manifest
-from ..stages import StageSpec
+from ..stages import StageSpec, sizes_of
 from .device_binding import ITEM_SIZES, DeviceBinding, Place, call
 from .device_memory import Buffer, CudaDevice, DeviceCache, Pool
 
@@ -142,12 +142,11 @@ class Stage:
             InputError: sizes beyond what the plan was built for.
         """
         context = self._contexts[self._profile(inputs)]
-        sizes: dict[str, int] = {}
+        sizes = sizes_of(self.spec.inputs, {name: shape for name, (_, shape) in inputs.items()})
         for tensor in self.spec.inputs:
             address, shape = inputs[tensor.name]
             context.set_input_shape(tensor.name, shape)
             context.set_tensor_address(tensor.name, address)
-            sizes |= {size: n for size, n in zip(tensor.shape, shape, strict=True) if isinstance(size, str)}
         for tensor in self.spec.outputs:
             if tensor.name in outputs:
                 address = outputs[tensor.name][0]

@@ -20,6 +20,7 @@ from ..backends.torch_modules import DTYPES, build, within
 from ..errors import EngineError
 from ..manifest import TENSORRT, TORCH, Manifest
 from ..model.retrieval import stored_name
+from ..stages import sizes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -146,10 +147,9 @@ class PlanPieces:
         binding = self._stage.bind()
         caches: dict[str, DeviceCache] = {}
         found: dict[str, Array] = {}
-        sizes: dict[str, int] = {}
+        sizes = sizes_of(self._spec.inputs, {name: array.shape for name, array in known.items()})
         for tensor in self._spec.inputs:
             array = np.ascontiguousarray(known[tensor.name])
-            sizes |= {size: n for size, n in zip(tensor.shape, array.shape, strict=True) if isinstance(size, str)}
             if tensor.name.startswith("past_"):
                 cache = caches[tensor.name.replace("past_", "present_")] = self._stage.cache(array.shape)
                 cache.write(array.astype(NUMPY[tensor.dtype]))
