@@ -22,7 +22,15 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_every_figure_is_there(result: dict[str, Any]) -> None:
     assert not [name for name, figure in result["figures"].items() if "failed" in figure or "left out" in figure]
-    assert {name.partition(",")[0] for name in result["figures"]} == {"parity", "stages", "ours", "transformers", "fp8"}
+    assert {name.partition(",")[0] for name in result["figures"]} == {
+        "parity",
+        "stages",
+        "ours",
+        "transformers",
+        "fp8",
+        "int8",
+        "int4",
+    }
 
 
 def test_both_models_say_the_same(result: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ def add_export(parser: argparse.ArgumentParser, precision: str = "fp32") -> None
     parser.add_argument(
         "--precision",
         default=precision,
-        help="fp32; int8 or int4 on the CPU, bf16 or fp16 on GPUs, fp8 on torch (default: %(default)s)",
+        help="fp32; int8 or int4 on the CPU and torch, bf16 or fp16 on GPUs, fp8 on torch (default: %(default)s)",
     )
     parser.add_argument(
         "--device",

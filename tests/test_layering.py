@@ -69,7 +69,11 @@ EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files t
     "server": {"fastapi", "grpc", "prometheus_client", "pydantic", "ray", "starlette", "tritonclient", "uvicorn"},
 }
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}
-LOADED_WITH_EXTRAS = {"blip2rt/bulk/on_ray.py", "blip2rt/backends/torch_modules.py", "blip2rt/backends/float8.py"}
+LOADED_WITH_EXTRAS = {
+    "blip2rt/bulk/on_ray.py",
+    "blip2rt/backends/torch_modules.py",
+    "blip2rt/backends/rounded_linears.py",
+}
 EXPORTER_PACKAGES = {
     "model": {"torch", "safetensors", "huggingface_hub"},
     "export": {"torch", "ml_dtypes", "numpy", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "transformers"},

@@ -16,10 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from blip2rt import EngineError, InputError, Pipeline
-from blip2rt.backends import float8, open_stages
+from blip2rt.backends import open_stages
+from blip2rt.backends.rounded_linears import LARGEST, LAYERS, group_of, round_rows, unpack4
 from blip2rt.backends.torch_modules import Stage
 from blip2rt.cli import main
 from blip2rt.export import export_engine
+from blip2rt.export.modules import round_linear
+from blip2rt.export.rounding import round_weight
 from blip2rt.export.verify import verify_engine
 from blip2rt.inspection import describe_engine, gpus_needed
 from blip2rt.manifest import Manifest
@@ -85,39 +88,81 @@ def test_half_the_bits(checkpoint: Path, tmp_path: Path) -> None:
     assert found.score == pytest.approx(expected.score, abs=0.1)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("model_type", ["opt", "t5"])
-def test_weights_of_eight_bits(model_type: str, tmp_path: Path, checkpoint_maker: Callable[..., Path]) -> None:
-    """fp8: linear layers of sizes that a GPU multiplies, each weight within half a step of what it was."""
+def test_weights_of_fewer_bits(
+    model_type: str, precision: str, tmp_path: Path, checkpoint_maker: Callable[..., Path]
+) -> None:
+    """Linear layers of sizes that a GPU multiplies, each weight within half a step of what it was."""
     heads: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2}
     text: dict[str, Any] = {"d_model": 32, "d_kv": 16, "num_heads": 2, "d_ff": 48}
     if model_type == "opt":
         text = {**heads, "word_embed_proj_dim": 32, "ffn_dim": 48}
     checkpoint = checkpoint_maker(tmp_path / "checkpoint", 2, model_type, **text)
-    cpu, modules = engines(checkpoint, tmp_path, "fp8")
+    cpu, modules = engines(checkpoint, tmp_path, precision)
     stored, reference = load_file(tmp_path / "torch" / "weights.safetensors"), Checkpoint(checkpoint)
-    rounded = [name for name, value in stored.items() if value.dtype == float8.TYPE]
+    rounded = [name.replace(".scale", ".weight") for name in stored if name.endswith(".scale")]
     assert len(rounded) > 3
     for name in rounded:
         assert name.startswith("decoder.blocks.")
-        expected, scale = reference.parameter(name), stored[name.replace(".weight", ".scale")]
+        expected, scale = reference.parameter(name), stored[name.replace(".weight", ".scale")].float()
+        if precision == "int4":
+            found, scale = (unpack4(stored[name]) - 8).float(), scale.repeat_interleave(32, 1)
+            assert 0.02 < (found * scale - expected).norm() / expected.norm() < 0.12
+            continue
         error = (stored[name].float() * scale - expected).abs()
-        assert (error <= expected.abs() / 16 + scale / 512 * 1.001).all()  # 3 bits behind the first; subnormal steps
+        # 3 bits behind the first, and subnormal steps; half a step
+        most = expected.abs() / 16 + scale / 512 * 1.001 if precision == "fp8" else scale * 0.501
+        assert (error <= most).all()
     expected, found = (pipe.caption(IMAGES[0], num_beams=3, max_new_tokens=3) for pipe in (cpu, modules))
-    assert found.score == pytest.approx(expected.score, abs=0.3)
-    assert "fp8 on torch" in str(describe_engine(tmp_path / "torch"))
+    assert found.score == pytest.approx(expected.score, abs=0.6 if precision == "int4" else 0.3)
+    assert f"{precision} on torch" in str(describe_engine(tmp_path / "torch"))
 
 
-def test_an_outlier_spoils_its_own_row_only() -> None:
-    """One channel a hundred times the others, as OPT's are, in one row: the products of the other rows stay."""
-    x, weight = torch.randn(5, 64), torch.randn(32, 64)
+@pytest.mark.parametrize("precision", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rounded_layer_multiplies_what_it_stores(precision: str, dtype: torch.dtype) -> None:
+    """Few rows and many, of any leading sizes, against float64; a row has one product, alone and among others."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(96, 64).requires_grad_(False).to(dtype)
+    rounded = LAYERS[precision](layer)
+    parts = round_linear(layer.weight.float(), precision)
+    assert {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} == rounded.parts(layer)
+    rounded.load_state_dict(parts, strict=False)
+    weight, scale = parts["weight"].double(), parts["scale"].double()
+    if precision == "int4":
+        weight, scale = unpack4(parts["weight"]).double() - 8, scale.repeat_interleave(group_of(96), 1)
+    for shape in ((1, 96), (5, 96), (3, 7, 96), (200, 96)):
+        x = torch.randn(shape).to(dtype)
+        exact = x.double() @ (weight * scale).t() + layer.bias.double()
+        if precision in ("fp8", "int8"):
+            values, scales = round_rows(x.flatten(0, -2), rounded.weight.dtype)
+            exact = ((values.double() * scales) @ (weight * scale).t()).unflatten(0, shape[:-1]) + layer.bias.double()
+        found = rounded(x)
+        assert found.dtype == dtype
+        assert found.shape == (*shape[:-1], 64)
+        assert (found.double() - exact).abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-4) * exact.abs().max()
+
+
+def test_four_bits_are_those_of_the_cpu() -> None:
+    """One set of rounded weights: the groups of the CPU's engines, where 128 divides the inputs."""
+    weight = torch.randn(32, 256)
+    values, scale = round_weight(weight, 4, 128)
+    parts = round_linear(weight, "int4")
+    assert torch.equal(unpack4(parts["weight"]) - 8, torch.from_numpy(values).int())
+    assert torch.equal(parts["scale"].float(), torch.from_numpy(scale))
+
+
+@pytest.mark.parametrize("dtype", LARGEST, ids=str)
+def test_an_outlier_spoils_its_own_row_only(dtype: torch.dtype) -> None:
+    """One channel a hundred times the others, as OPT's are, in one row: the other rows stay what they were."""
+    x = torch.randn(5, 64)
     spoiled = x.clone()
     spoiled[2, 7] *= 100
-    rounded, scale = float8.round_rows(weight)
-    one, two = (float8.multiply(*float8.round_rows(rows), rounded, scale, torch.float32) for rows in (x, spoiled))
+    one, two = (values.float() * scale for values, scale in (round_rows(x, dtype), round_rows(spoiled, dtype)))
     others = [0, 1, 3, 4]
     assert torch.equal(one[others], two[others])
-    exact = spoiled @ weight.t()
-    assert (two - exact).norm() < 0.05 * exact.norm()
+    assert (two - spoiled).norm() < 0.05 * spoiled.norm()
 
 
 def test_retrieval(tiny_retrieval_checkpoint: Path, tmp_path: Path) -> None:
@@ -188,15 +233,18 @@ def test_wrong_combinations(
     checkpoint_maker: Callable[..., Path],
 ) -> None:
     for device, precision, message in (
-        ("torch", "int4", "'int4' is not one of fp32, bf16, fp16, fp8 .device torch."),
+        ("torch", "int5", "'int5' is not one of fp32, bf16, fp16, fp8, int8, int4 .device torch."),
         ("cpu", "bf16", "no bf16 kernels"),
         ("metal", "fp16", "'metal' is not one of cpu, torch, cuda, tensorrt"),
         ("cuda", "fp8", "'fp8' is not one of fp32, fp16, bf16 .device cuda."),
     ):
         with pytest.raises(InputError, match=message):
             export_engine(tiny_checkpoint, tmp_path / "none", device=device, precision=precision)
-    with pytest.raises(InputError, match="a retrieval model has none: use bf16"):
-        export_engine(tiny_retrieval_checkpoint, tmp_path / "none", device="torch", precision="fp8")
+    for precision in LAYERS:
+        with pytest.raises(
+            InputError, match=f"{precision} is for the decoder's .* a retrieval model has none: use bf16"
+        ):
+            export_engine(tiny_retrieval_checkpoint, tmp_path / "none", device="torch", precision=precision)
     t5 = checkpoint_maker(tmp_path / "t5", 1, "t5")
     with pytest.raises(InputError, match="T5's feed-forward layers overflow in fp16: use bf16"):
         export_engine(t5, tmp_path / "none", device="torch", precision="fp16")

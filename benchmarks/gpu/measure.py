@@ -23,6 +23,7 @@ import transformers
 
 from benchmarks.gpu.models import BEGIN, Ours, Transformers, make_models
 from benchmarks.gpu.work import decoder_bytes, matrix_rate, prefill_work, read_rate, vision_work
+from blip2rt.backends.rounded_linears import LAYERS
 
 NEW_TOKENS, BEAMS, REPEATS = 20, 5, 5
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # vision, Q-Former, OPT
@@ -136,15 +137,15 @@ def caption_figures(
     return {"seconds": seconds, "captions/s": len(pixels) / seconds}
 
 
-def float8_figures(ours: Ours, device: torch.device) -> dict[str, Any]:
-    """A decoding step in fp8 beside the same in the precision of the run; the decoder stays rounded."""
+def rounded_figures(ours: Ours, precision: str, device: torch.device) -> dict[str, Any]:
+    """A decoding step with fewer bits beside the same in the precision of the run."""
     sizes = [(1, 1), (1, BEAMS), (8, BEAMS)]
     before = [seconds_of(ours.bound_step(*size), device) for size in sizes]
-    ours.round_decoder()
-    after = [seconds_of(ours.bound_step(*size), device) for size in sizes]
+    with ours.rounded_decoder(precision):
+        after = [seconds_of(ours.bound_step(*size), device) for size in sizes]
     return {
-        f"step of {batch} x {rows} rows": {"ms": 1e3 * fp8, "times as fast": full / fp8}
-        for (batch, rows), full, fp8 in zip(sizes, before, after, strict=True)
+        f"step of {batch} x {rows} rows": {"ms": 1e3 * rounded, "times as fast": full / rounded}
+        for (batch, rows), full, rounded in zip(sizes, before, after, strict=True)
     }
 
 
@@ -172,7 +173,8 @@ def measure(size: str, device: torch.device, precision: str, minutes: float) -> 
         for beams in (BEAMS, 1):
             figures = partial(caption_figures, peer, ours.pixels(1), beams, device, 2)
             report.add(f"transformers compiled, batch 1, beams {beams}", figures)
-    report.add("fp8", partial(float8_figures, ours, device))
+    for fewer in LAYERS:
+        report.add(fewer, partial(rounded_figures, ours, fewer, device))
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     settings = {"size": size, "precision": precision, "new tokens": NEW_TOKENS}

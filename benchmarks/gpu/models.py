@@ -1,6 +1,7 @@
 """The two models that are measured: one set of random weights, ours as stages, and transformers' own classes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from torch import nn
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration
 
-from blip2rt.backends.float8 import replace_linears
+from blip2rt.backends.rounded_linears import LAYERS
 from blip2rt.backends.torch_modules import Stage
 from blip2rt.decoder import CachedDecoder, lay_out_rows
+from blip2rt.export.modules import round_linear
 from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.names import TRANSFORMERS, Names
 from blip2rt.model.signatures import stage_specs
@@ -74,9 +76,19 @@ class Ours:
             name: Stage(name, model.get_submodule(name), spec, dtype, device) for name, spec in self._specs.items()
         }
 
-    def round_decoder(self) -> None:
-        """From now on the decoder's linear layers are fp8; their old weights go, which transformers' model shares."""
-        replace_linears(self._model.decoder.blocks)
+    @contextmanager
+    def rounded_decoder(self, precision: str) -> Iterator[None]:
+        """For as long as that the decoder's linear layers have fewer bits."""
+        blocks, kind = self._model.decoder.blocks, LAYERS[precision]
+        replaced = {name: layer for name, layer in blocks.named_modules() if kind.takes(layer)}
+        for name, layer in replaced.items():
+            rounded = kind(layer)
+            for part, value in round_linear(layer.weight.float(), precision).items():
+                rounded.get_parameter(part).copy_(value)
+            blocks.set_submodule(name, rounded)
+        yield
+        for name, layer in replaced.items():
+            blocks.set_submodule(name, layer)
 
     def pixels(self, batch: int) -> Array:
         """Random pixel values [B, 3, S, S]."""

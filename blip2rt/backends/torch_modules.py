@@ -1,8 +1,8 @@
 """The reference model's own modules as engines: on a GPU where there is one, else on the CPU.
 
-Weights lie in one safetensors file, in the precision they are computed in (`float8.py` has the one that is not the
-activations', too). A binding that runs again with the same
-buffers is captured as a CUDA graph: a decoding step is then one launch, whatever the number of kernels.
+Weights lie in one safetensors file, in the precision they are computed in, or with fewer bits (`rounded_linears.py`). A
+binding that runs again with the same buffers is captured as a CUDA graph: a decoding step is then one launch, whatever
+the number of kernels.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,12 @@ from ..model.retrieval import stored_name
 from ..stages import DECODER, StageSpec
 from ..trace import trace
 from .array_cache import ArrayCache
-from .float8 import replace_linears
+from .rounded_linears import LAYERS, replace_linears
 
 Array = np.ndarray[Any, Any]
 
-# what is computed in; fp8 is that of the decoder's linear layers alone
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+# what is computed in; fewer bits are those of the decoder's linear layers alone
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16} | dict.fromkeys(LAYERS, torch.bfloat16)
 GPU = Lock()  # held while a thread uses it: what another did meanwhile would get into a graph that is being captured
 
 
@@ -77,8 +77,8 @@ def build(manifest: Manifest, read: Callable[[str], Tensor], prefix: str = "") -
     with torch.device("meta"):
         kind = Blip2 if manifest.kind == GENERATIVE else Blip2Retrieval
         model = kind(read_sizes(manifest.model))  # type: ignore[arg-type]
-    if manifest.precision == "fp8":
-        replace_linears(model.get_submodule(f"{DECODER}.blocks"))
+    if manifest.precision in LAYERS:
+        replace_linears(model.get_submodule(f"{DECODER}.blocks"), manifest.precision)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     names = [
         name

@@ -45,7 +45,7 @@ from .fuse_attention import fuse_attention
 from .gpu import describe_gpu, lower_for_gpu, write_plans
 from .graphs import trace_stage
 from .lower import lower
-from .modules import write_modules
+from .modules import MODULE_PRECISIONS, ROUNDED, write_modules
 from .plans import Limits, plan_sizes
 from .quantize import quantize
 from .tokenizer_files import QUESTION_FOLDER, write_text_tokenizer, write_tokenizer
@@ -55,7 +55,7 @@ from .weights import Written, write_stage
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # every BLIP-2's
 PRECISIONS = {  # by device
     CPU: ("fp32", "int8", "int4"),
-    TORCH: ("fp32", "bf16", "fp16", "fp8"),
+    TORCH: MODULE_PRECISIONS,
     CUDA: ("fp32", "fp16", "bf16"),
     TENSORRT: ("fp16", "bf16"),  # its fused attention has no float32
 }
@@ -86,7 +86,8 @@ def export_engine(
         model: a transformers directory or hub id; or a `CheckpointSource`, for the files of LAVIS and mmpretrain.
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
         precision: "fp32"; on the CPU "int8", all linear layers, or "int4", those of the language model, the others
-            int8; on GPUs "bf16" or "fp16"; on torch also "fp8", the decoder's linear layers, the rest bf16.
+            int8; on GPUs "bf16" or "fp16"; on torch also "fp8", "int8" and "int4", the decoder's linear layers, the
+            rest bf16.
         device: "cpu"; or on a GPU "torch", the reference's own modules, "cuda", ONNX Runtime's provider, or "tensorrt",
             which must be there to build.
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
@@ -124,8 +125,8 @@ def export_engine(
         texts = [texts] * len(pictures) if isinstance(texts, str) else list(texts)
         if len(texts) != len(pictures):
             raise InputError(f"{len(texts)} texts for {len(pictures)} pictures: give one for each, or one for all")
-    if precision == "fp8" and is_retrieval:
-        raise InputError("fp8 is for the decoder's layers, and a retrieval model has none: use bf16")
+    if device == TORCH and precision in ROUNDED and is_retrieval:
+        raise InputError(f"{precision} is for the decoder's layers, and a retrieval model has none: use bf16")
     if precision == "fp16" and isinstance(config, Blip2Config) and isinstance(config.text, T5Config):
         raise InputError("T5's feed-forward layers overflow in fp16: use bf16")
     if is_retrieval and tokenizer:
@@ -172,7 +173,7 @@ def export_engine(
             calibrated = {"calibration": f"GPTQ over {len(pictures)} pictures"}
             calibration = Calibration(checkpoint, np.stack(seen), [reader.encode(text) for text in texts])
         reference = checkpoint.build()
-        kernels = "native" if precision in ("int8", "int4") and library_path() else "stock"
+        kernels = "native" if device == CPU and precision in ("int8", "int4") and library_path() else "stock"
         graphs = directory / GRAPHS if device == TENSORRT else directory
         if device == TORCH:
             files = dict.fromkeys(specs, write_modules(reference, specs, checkpoint, directory, precision))

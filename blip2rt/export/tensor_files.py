@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..model.weight_files import DTYPES
 
+ROUNDED = {torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}  # types that no checkpoint has
 ALIGNMENT = 64  # of torch's files, so that they can be mapped
 
 
@@ -40,7 +41,7 @@ class Entry:
 
 def write_safetensors(path: Path, entries: Mapping[str, Entry], advance: Callable[[], None]) -> None:
     """Write a `.safetensors` file; `advance` is called after every tensor."""
-    names = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
+    names = {dtype: name for name, dtype in DTYPES.items()} | ROUNDED
     # the widest types first: then every tensor lies at a multiple of its type's size
     order = sorted(entries, key=lambda key: (-entries[key].dtype.itemsize, key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
