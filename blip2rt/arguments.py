@@ -63,6 +63,9 @@ def add_export(parser: argparse.ArgumentParser, precision: str = "fp32") -> None
         parser.add_argument(f"--{name}", type=int, metavar="N", help=f"tensorrt: {what}")
     parser.add_argument("--refit", metavar="ENGINE", help="tensorrt: plans of the same sizes that get these weights")
     parser.add_argument(
+        "--compile", action="store_true", help="torch: compile image encoder and Q-Former for this machine"
+    )
+    parser.add_argument(
         "--tokenizer", metavar="DIR|ID", help="its tokenizer, where it is apart (default: the model's or the LLM's)"
     )
     parser.add_argument(

@@ -49,6 +49,7 @@ def _build(arguments: argparse.Namespace, **calibration: Any) -> int:
         text_tokenizer=arguments.text_tokenizer,
         limits=Limits(**sizes) if sizes else None,
         refit=arguments.refit,
+        compiled=arguments.compile,
         force=arguments.force,
         **calibration,
     )

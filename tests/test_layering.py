@@ -51,6 +51,7 @@ EXPORTER = {
 EXCEPTIONS = {
     ("blip2rt/export/pieces.py", "backends"),
     ("blip2rt/export/modules.py", "backends"),
+    ("blip2rt/export/packages.py", "backends"),
     ("blip2rt/export/gpu.py", "backends"),
     # calibration sees pictures and reads texts as the runtime does
     ("blip2rt/export/__init__.py", "preprocess"),
@@ -71,6 +72,7 @@ EXTRA_PACKAGES = {  # not installed with the runtime; at the top only of files t
 LOADED_WITHOUT_EXTRAS = {"blip2rt/server/__init__.py", "blip2rt/server/settings.py"}
 LOADED_WITH_EXTRAS = {
     "blip2rt/bulk/on_ray.py",
+    "blip2rt/backends/packages.py",
     "blip2rt/backends/torch_modules.py",
     "blip2rt/backends/rounded_linears.py",
 }

@@ -27,6 +27,7 @@ from ..model.retrieval import stored_name
 from ..stages import DECODER, StageSpec
 from ..trace import trace
 from .array_cache import ArrayCache
+from .packages import open_package, package_name
 from .rounded_linears import LAYERS, replace_linears
 
 Array = np.ndarray[Any, Any]
@@ -59,11 +60,12 @@ def open_modules(directory: Path, manifest: Manifest, threads: int | None = None
         raise EngineError(
             f"{directory / file} cannot be opened ({reason}); build it anew with `blip2rt export`"
         ) from error
+    modules: dict[str, Callable[..., Any]] = {name: model.get_submodule(name) for name in manifest.stages}
+    for name in modules:
+        if package_name(name) in manifest.files:
+            modules[name] = open_package(directory, manifest, name, model.get_submodule(name))
     dtype = DTYPES[manifest.precision]
-    return {
-        name: Stage(name, model.get_submodule(name), entry.signature, dtype, device)
-        for name, entry in manifest.stages.items()
-    }
+    return {name: Stage(name, modules[name], entry.signature, dtype, device) for name, entry in manifest.stages.items()}
 
 
 def build(manifest: Manifest, read: Callable[[str], Tensor], prefix: str = "") -> nn.Module:
@@ -96,12 +98,14 @@ def within(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Stage:
-    """A module with the signature of a stage."""
+    """A module, or what was compiled of it, with the signature of a stage."""
 
     batch_size = 64
     longest_shortlist = 1 << 30
 
-    def __init__(self, name: str, module: nn.Module, spec: StageSpec, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, name: str, module: Callable[..., Any], spec: StageSpec, dtype: torch.dtype, device: torch.device
+    ):
         self.name, self.module, self.spec, self.dtype, self.device = name, module, spec, dtype, device
         self.using: AbstractContextManager[Any] = GPU if device.type == "cuda" else nullcontext()
 
@@ -193,7 +197,7 @@ class Binding:
             if tensor.name.startswith("past_"):
                 inputs[i] = CacheInPlace(inputs[i])
         outputs = self._stage.module(*inputs)
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         results = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
         if (best := self._outputs.get("best_tokens")) is not None:
             logprobs = results["logits"].float().log_softmax(-1)

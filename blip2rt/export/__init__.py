@@ -46,6 +46,7 @@ from .gpu import describe_gpu, lower_for_gpu, write_plans
 from .graphs import trace_stage
 from .lower import lower
 from .modules import MODULE_PRECISIONS, ROUNDED, write_modules
+from .packages import write_packages
 from .plans import Limits, plan_sizes
 from .quantize import quantize
 from .tokenizer_files import QUESTION_FOLDER, write_text_tokenizer, write_tokenizer
@@ -76,6 +77,7 @@ def export_engine(
     texts: str | Sequence[str] = "a photo of",
     limits: Limits | None = None,
     refit: str | Path | None = None,
+    compiled: bool = False,
     force: bool = False,
 ) -> Path:
     """Build the engine directory of a checkpoint and prove it against the reference model.
@@ -97,6 +99,7 @@ def export_engine(
         texts: what stands behind each picture then, or all.
         limits: the largest sizes that TensorRT's plans are built for; None: `Limits()`.
         refit: a TensorRT engine of the same sizes, whose plans are given these weights instead of building new ones.
+        compiled: on torch, compile the stages that look at pictures ahead of time, for this machine (`packages.py`).
         force: replace an engine that is there.
 
     Returns:
@@ -115,6 +118,8 @@ def export_engine(
         raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS[device])} (device {device})")
     if device != TENSORRT and (limits or refit):
         raise InputError(f"--refit and the sizes of plans are TensorRT's, device {device!r} takes any")
+    if device != TORCH and compiled:
+        raise InputError(f"--compile is for the modules of --device torch, and device {device!r} has none")
     limits = limits or Limits()
     checkpoint = Checkpoint(model)
     config = checkpoint.config
@@ -208,6 +213,8 @@ def export_engine(
             files = write_plans(graphs, specs, profiles, directory, old)
             shutil.rmtree(graphs)
             manifest = replace(manifest, stages={stage: Stage(files[stage], spec) for stage, spec in specs.items()})
+        if compiled:
+            manifest = write_packages(directory, manifest)
         parity = _prove(directory, manifest, checkpoint)
         replace(manifest, parity=parity, files=describe_files(directory)).write(directory)
     return Path(output)
