@@ -242,7 +242,7 @@ class OpenVINO:
         self.seconds["prefill"] = perf_counter() - start
         return logits.reshape(batch, 1, -1)
 
-    def step(self, tokens: Array, parents: Array) -> Array:
+    def step(self, tokens: Array, parents: Array, _sums: Array) -> Array:
         """One token for every beam."""
         batch, beams = tokens.shape
         if len(self._owners) == batch:  # after the prefill

@@ -10,7 +10,8 @@ import numpy as np
 
 from .errors import InputError
 from .logits import log_softmax
-from .search import Decoder, Scores, Search, TokenSequence, run_searches
+from .scores import Scores
+from .search import Decoder, Move, Search, TokenSequence, run_searches
 
 Array = np.ndarray[Any, Any]
 
@@ -30,7 +31,7 @@ class CandidateSearch(Search):
         self._logprobs: list[list[float]] = [[] for _ in candidates]  # of the tokens, then of the stop token
         self._length = 0  # tokens that every row has been given
 
-    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> Move | None:
         assert isinstance(scores, np.ndarray)  # any token may be asked for
         logprobs = log_softmax(scores)
         for row, candidate in enumerate(self._candidates):
@@ -46,7 +47,7 @@ class CandidateSearch(Search):
         rows = len(self._candidates)
         parents = np.arange(rows) if self._length else np.zeros(rows, np.int64)
         self._length += 1
-        return tokens, parents
+        return Move(tokens, parents, np.zeros(rows, np.float32))
 
     def sequences(self) -> list[TokenSequence]:
         """In the order of the candidates; the score is the mean log-probability, stop token included."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backends import Stage
 from .errors import InputError
-from .search import Scores, Shortlist
+from .scores import Continuations, Scores, Shortlist, num_continuations
 from .stages import MASKED, StageSpec
 
 Array = np.ndarray[Any, Any]
@@ -92,6 +92,7 @@ class CachedDecoder:
         batch, num_queries, _ = prefixes.shape
         self._binding = stage.bind()
         self._inputs = {tensor.name for tensor in spec.inputs}
+        self._scores_rows = stage.scores_rows
         self._encoded = dict(encoded or {})
         self._prefixes, self._prompts, self._num_rows = prefixes, prompts, num_rows
         self._lengths = np.array([num_queries + len(prompt) for prompt in prompts])  # of the prefixes, [B]
@@ -109,8 +110,8 @@ class CachedDecoder:
         self._caches = [stage.cache(shape) for _ in self._past]
         self._rows = shape[2]  # that the caches hold of every image
         self._step: dict[str, Array] = {}  # inputs of a step
-        shortlist = min(shortlist, self._vocab_size) if shortlist else 0
-        self._shortlist = shortlist if 0 < shortlist <= stage.longest_shortlist else None
+        can_choose = shortlist and min(shortlist, self._vocab_size) <= stage.longest_shortlist
+        self._shortlist = shortlist if can_choose else None
         self._outputs: dict[str, Array] = {}  # of a step
 
     def prefill(self) -> Scores:
@@ -135,8 +136,14 @@ class CachedDecoder:
         self._prepare_steps()
         return _scores(outputs)
 
-    def step(self, tokens: Array, parents: Array) -> Scores:
-        """Run one new row for each of the R rows of every image: logits [B, R, V], valid until the next step."""
+    def step(self, tokens: Array, parents: Array, sums: Array | None = None) -> Scores:
+        """Run one new row for each of the R rows of every image: logits [B, R, V], valid until the next step.
+
+        Args:
+            tokens: [B, R], what the rows hold.
+            parents: [B, R], the rows of the step before that they continue.
+            sums: [B, R] float32, the scores of the rows; None: all the same.
+        """
         num_rows = self._num_rows
         mask = self._step["mask"]
         for b in range(len(tokens)):
@@ -148,6 +155,7 @@ class CachedDecoder:
         self._step["input_ids"][:] = tokens
         self._step["positions"][:] = self._depths[:, None]
         self._step["write_indices"][:] = self._used
+        self._step["sums"][:] = 0 if sums is None else sums
         self._binding.run()
         self._used += num_rows
         self._depths += 1
@@ -182,16 +190,23 @@ class CachedDecoder:
             "write_indices": np.zeros(batch, np.int64),
             "mask": mask,
             "logit_rows": np.tile(np.arange(num_rows), (batch, 1)),
+            "sums": np.zeros((batch, num_rows), np.float32),
         }
+        if self._shortlist and self._scores_rows:
+            self._inputs.add("sums")
         self._outputs = self._output_arrays(batch, num_rows)
         self._bind(self._step, self._outputs)
 
     def _output_arrays(self, batch: int, num_rows: int) -> dict[str, Array]:
-        """What the binding writes: logits, or of every row the likeliest tokens."""
+        """What the binding writes: logits, of every row the likeliest tokens, or of every image continuations."""
         if self._shortlist is None:
             return {"logits": np.empty((batch, num_rows, self._vocab_size), np.float32)}
-        shape = (batch, num_rows, self._shortlist)
-        return {"best_tokens": np.empty(shape, np.int64), "best_logprobs": np.empty(shape, np.float32)}
+        scored: dict[str, Any] = {}
+        shape: tuple[int, ...] = (batch, num_rows, min(self._shortlist, self._vocab_size))
+        if "sums" in self._inputs:
+            shape = (batch, num_continuations(self._shortlist, num_rows, self._vocab_size))
+            scored = {"best_sums": np.empty(shape, np.float32), "best_parents": np.empty(shape, np.int64)}
+        return scored | {"best_tokens": np.empty(shape, np.int64), "best_logprobs": np.empty(shape, np.float32)}
 
     def _make_room(self) -> None:
         """Drop dead rows of images that have reached their capacity; let capacities grow where that is not enough."""
@@ -259,4 +274,11 @@ class CachedDecoder:
 
 def _scores(outputs: Mapping[str, Array]) -> Scores:
     """The outputs of a step as a search takes them."""
-    return outputs["logits"] if "logits" in outputs else Shortlist(outputs["best_tokens"], outputs["best_logprobs"])
+    if "logits" in outputs:
+        return outputs["logits"]
+    best = outputs["best_tokens"], outputs["best_logprobs"]
+    return (
+        Continuations(outputs["best_sums"], outputs["best_parents"], *best)
+        if "best_sums" in outputs
+        else Shortlist(*best)
+    )

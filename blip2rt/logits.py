@@ -13,7 +13,7 @@ BLOCK = 128  # scores of which `largest` takes the maximum first
 
 
 def process(
-    scores: Array, history: Array, num_generated: int, options: ResolvedOptions, stop_ids: Sequence[int]
+    scores: Array, history: Array, num_generated: int, options: ResolvedOptions, stop_ids: Array | Sequence[int]
 ) -> Array:
     """Penalties and bans, in place.
 

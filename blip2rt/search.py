@@ -7,31 +7,28 @@ The beam search follows transformers 5 (`GenerationMixin._beam_search`), its flo
 `rules="lavis"` it ends sequences as transformers 4.33 did (`BeamSearchScorer`), which LAVIS and mmpretrain ran on.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from .logits import check_finite, draw, largest, log_softmax, probabilities, process, warp
+from .logits import draw, largest, log_softmax, probabilities, process, warp
 from .options import ResolvedOptions
+from .scores import Continuations, Scores, best_of, is_among
 
 Array = np.ndarray[Any, Any]
+NONE = np.zeros(0, np.int64)  # tokens
 DEAD = np.float32(-1e9)  # what transformers adds to a score to take it out of the race
 
 
-@dataclass(frozen=True)
-class Shortlist:
-    """The n likeliest tokens of every row instead of all logits, best first: what a GPU sends to the host."""
+class Move(NamedTuple):
+    """The rows of an image to decode next, [R] each."""
 
-    tokens: Array  # [.., R, n]
-    logprobs: Array  # [.., R, n] float32
-
-    def __getitem__(self, image: int) -> "Shortlist":
-        return Shortlist(self.tokens[image], self.logprobs[image])
-
-
-Scores = Array | Shortlist  # logits of all tokens, or the likeliest ones
+    tokens: Array
+    parents: Array  # rows of the step before
+    sums: Array  # float32: their scores so far, zeros where rows do not compete
 
 
 class Decoder(Protocol):
@@ -40,8 +37,11 @@ class Decoder(Protocol):
     def prefill(self) -> Scores:
         """Logits [B, 1, V] of the first token of every image, or the likeliest of them."""
 
-    def step(self, tokens: Array, parents: Array) -> Scores:
-        """Row r of image b continues row `parents[b, r]` of the step before with `tokens[b, r]`: logits [B, R, V]."""
+    def step(self, tokens: Array, parents: Array, sums: Array) -> Scores:
+        """Row r of image b continues row `parents[b, r]` of the step before with `tokens[b, r]`: logits [B, R, V].
+
+        Or what stands for them. `sums` are the scores of rows, for a decoder that gives `Continuations`.
+        """
 
     def keep(self, images: Sequence[int]) -> None:
         """Go on with these images only, in this order."""
@@ -60,10 +60,11 @@ class TokenSequence:
 class Search:
     """The search of one image."""
 
-    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
-        """Take logits [R, V] ([1, V] at first); tokens and parents [R] of the rows to decode next, None at the end.
+    def advance(self, scores: Scores) -> Move | None:
+        """Take logits [R, V] ([1, V] at first); the rows to decode next, None at the end.
 
-        A `Shortlist` may come instead, where `shortlist_size` says how long it must be.
+        A `Shortlist` may come instead, where `shortlist_size` says how long it must be; or, but for the first,
+        `Continuations` of all such shortlists, `num_continuations` of them.
         """
         raise NotImplementedError
 
@@ -113,7 +114,7 @@ def run_searches(decoder: Decoder, searches: Sequence[Search]) -> Iterator[None]
             decoder.keep(kept)
             active = [active[row] for row in kept]
         running = [move for row in kept if (move := moves[row]) is not None]
-        logits = decoder.step(np.stack([m[0] for m in running]), np.stack([m[1] for m in running]))
+        logits = decoder.step(*(np.stack(part) for part in zip(*running, strict=True)))
 
 
 def _fill_holes(kept: list[int]) -> list[int]:
@@ -128,20 +129,21 @@ class RowSearch(Search):
 
     def __init__(self, options: ResolvedOptions, history: Sequence[int], stop_ids: Sequence[int]):
         self.options = options
-        self.stop_ids = list(stop_ids)
+        self.stop_ids = np.asarray(stop_ids, np.int64)
         self.history = np.tile(np.asarray(history, np.int64), (options.num_rows, 1))  # [R, L], grows by a column a step
         self.rng = np.random.default_rng(options.seed)
         self.tokens: list[list[int]] = [[] for _ in range(options.num_rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(options.num_rows)]
         self.stopped = np.zeros(options.num_rows, bool)
         self.num_generated = 0
-        self._parents = np.arange(options.num_rows)
+        self._parents, self._sums = np.arange(options.num_rows), np.zeros(options.num_rows, np.float32)
 
-    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> Move | None:
         num_rows = len(self.tokens)
-        if isinstance(scores, Shortlist):  # greedy
-            banned = self.stop_ids if self.num_generated < self.options.min_new_tokens else []
-            _, _, chosen, logprobs = best_of(scores, np.zeros(num_rows, np.float32), banned, 1)
+        if not isinstance(scores, np.ndarray):  # greedy
+            banned = self.stop_ids if self.num_generated < self.options.min_new_tokens else NONE
+            best = best_of(scores, self._sums, banned, 1)
+            chosen, logprobs = best.tokens, best.logprobs
         else:
             logits = np.broadcast_to(scores, (num_rows, scores.shape[1]))  # [R, V]
             logprobs = log_softmax(logits)
@@ -155,12 +157,12 @@ class RowSearch(Search):
             if not self.stopped[row]:
                 self.tokens[row].append(int(token))
                 self.logprobs[row].append(float(logprobs[row]))
-        self.stopped |= np.isin(chosen, self.stop_ids)
+        self.stopped |= is_among(chosen, self.stop_ids)
         self.history = np.concatenate((self.history, chosen[:, None]), axis=1)
         self.num_generated += 1
         if self.stopped.all() or self.num_generated >= self.options.max_new_tokens:
             return None
-        return chosen, self._parents
+        return Move(chosen, self._parents, self._sums)
 
     def sequences(self) -> list[TokenSequence]:
         found = []
@@ -172,13 +174,9 @@ class RowSearch(Search):
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """The best continuations of all beams of an image, best first: arrays [2K] or more."""
+class Candidates(Continuations):
+    """Those that a step chooses among, [2K] or more."""
 
-    scores: Array  # sums of processed log-probabilities
-    parents: Array
-    tokens: Array
-    logprobs: Array  # raw ones of `tokens`
     is_stop: Array
     ends: Array
 
@@ -189,7 +187,7 @@ class BeamSearch(Search):
     def __init__(self, options: ResolvedOptions, history: Sequence[int], stop_ids: Sequence[int]):
         num_beams = options.num_beams
         self.options = options
-        self.stop_ids = list(stop_ids)
+        self.stop_ids = np.asarray(stop_ids, np.int64)
         self.prompt_length = len(history)
         self.history = np.tile(np.asarray(history, np.int64), (num_beams, 1))  # [K, L]
         self.logprobs = np.zeros((num_beams, 0), np.float32)  # [K, t] raw log-probabilities
@@ -200,16 +198,17 @@ class BeamSearch(Search):
         self.finished: list[TokenSequence | None] = [None] * num_beams
         self.num_candidates = num_candidates(options, stop_ids)
 
-    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> Move | None:
         num_beams, length = self.options.num_beams, self.logprobs.shape[1] + 1  # of a sequence that this step ends
 
         # STEPS 1, 2: score every continuation of every beam; the best of all beams together, best first
-        candidate_scores, parents, tokens, raw = self._candidates(scores, length)
-        is_stop = np.isin(tokens, self.stop_ids)
-        candidates = Candidates(candidate_scores, parents, tokens, raw, is_stop, is_stop | self._is_last(length))
+        best = self._candidates(scores, length)
+        is_stop = is_among(best.tokens, self.stop_ids)
+        ends = is_stop | self._is_last(length)
+        candidates = Candidates(best.sums, best.parents, best.tokens, best.logprobs, is_stop, ends)
 
         # STEP 3: the best that go on are the beams of the next step; sorted already, so a stable order suffices
-        running_scores = candidate_scores + candidates.ends * DEAD
+        running_scores = best.sums + ends * DEAD
         running = np.argsort(-running_scores, kind="stable")[:num_beams]
 
         # STEP 4: among the first K, those that end compete with the sequences finished before
@@ -217,17 +216,17 @@ class BeamSearch(Search):
 
         # STEP 5: go on, unless nothing can improve
         self.scores = running_scores[running]
-        tokens, parents = tokens[running], parents[running]
+        tokens, parents = best.tokens[running], best.parents[running]
         self.history = np.concatenate((self.history[parents], tokens[:, None]), axis=1)
-        self.logprobs = np.concatenate((self.logprobs[parents], raw[running][:, None]), axis=1)
+        self.logprobs = np.concatenate((self.logprobs[parents], best.logprobs[running][:, None]), axis=1)
         if self._is_done(candidates, length):
             return None
-        return tokens, parents
+        return Move(tokens, parents, self.scores)
 
-    def _candidates(self, scores: Scores, length: int) -> tuple[Array, Array, Array, Array]:
-        """The best continuations, best first: sums of scores, parents, tokens, raw log-probabilities."""
-        if isinstance(scores, Shortlist):
-            banned = self.stop_ids if length - 1 < self.options.min_new_tokens else []
+    def _candidates(self, scores: Scores, length: int) -> Continuations:
+        """The best continuations of all beams."""
+        if not isinstance(scores, np.ndarray):
+            banned = self.stop_ids if length - 1 < self.options.min_new_tokens else NONE
             return best_of(scores, self.scores, banned, self.num_candidates)
         num_beams, vocab_size = self.options.num_beams, scores.shape[1]
         logprobs = log_softmax(scores)  # the first, [1, V], serve all beams
@@ -235,7 +234,8 @@ class BeamSearch(Search):
         flat = (np.broadcast_to(sums, (num_beams, vocab_size)) + self.scores[:, None]).ravel()
         best = largest(flat, self.num_candidates)
         parents, tokens = best // vocab_size, best % vocab_size
-        return flat[best], parents, tokens, np.broadcast_to(logprobs, (num_beams, vocab_size))[parents, tokens]
+        raw = np.broadcast_to(logprobs, (num_beams, vocab_size))[parents, tokens]
+        return Continuations(flat[best], parents, tokens, raw)
 
     def sequences(self) -> list[TokenSequence]:
         return [s for s in self.finished if s is not None][: self.options.num_return_sequences]
@@ -244,15 +244,15 @@ class BeamSearch(Search):
         """Whether every candidate of this length ends, stop token or not."""
         return length >= self.options.max_new_tokens
 
-    def _finish(self, candidates: "Candidates", length: int) -> None:
+    def _finish(self, candidates: Candidates, length: int) -> None:
         """Take up the candidates among the first K that end."""
         if self.is_finished.all() and self.options.early_stopping is True:
             return
-        scores = candidates.scores / np.float32(_length_divisor(length, self.options))
+        divisor = np.float32(_length_divisor(length, self.options))
         for place in np.flatnonzero(candidates.ends[: self.options.num_beams]).tolist():
-            self._insert(self._sequence(candidates, place, scores[place]))
+            self._insert(self._sequence(candidates, place, candidates.sums[place] / divisor))
 
-    def _sequence(self, candidates: "Candidates", place: int, score: float) -> TokenSequence:
+    def _sequence(self, candidates: Candidates, place: int, score: float) -> TokenSequence:
         parent, is_stop = candidates.parents[place], bool(candidates.is_stop[place])
         tokens = self.history[parent, self.prompt_length :].tolist()
         logprobs = self.logprobs[parent].tolist()
@@ -270,15 +270,15 @@ class BeamSearch(Search):
         self.is_finished = np.insert(self.is_finished, place, True)[:-1]
         self.finished = [*self.finished[:place], sequence, *self.finished[place:]][:-1]
 
-    def _is_done(self, candidates: "Candidates", length: int) -> bool:
+    def _is_done(self, candidates: Candidates, length: int) -> bool:
         """No beam can beat the worst finished sequence, by the estimate that `early_stopping` chooses."""
         options = self.options
         if candidates.ends.all() or (options.early_stopping is True and self.is_finished.all()):
             return True
         reach = options.max_new_tokens if options.early_stopping == "never" and options.length_penalty > 0 else length
         best_possible = self.scores[0] / np.float32(_length_divisor(reach, options))
-        worst_finished = np.where(self.is_finished, self.finished_scores.min(), -np.inf)
-        return not bool((best_possible > worst_finished).any())
+        worst_finished = self.finished_scores.min() if self.is_finished.all() else -np.inf
+        return not bool(best_possible > worst_finished)
 
 
 class LavisBeamSearch(BeamSearch):
@@ -295,7 +295,7 @@ class LavisBeamSearch(BeamSearch):
     def _finish(self, candidates: Candidates, length: int) -> None:
         divisor = _length_divisor(length, self.options)
         for place in np.flatnonzero(candidates.is_stop[: self.options.num_beams]).tolist():
-            self._insert(self._sequence(candidates, place, float(candidates.scores[place]) / divisor))
+            self._insert(self._sequence(candidates, place, float(candidates.sums[place]) / divisor))
 
     def _insert(self, sequence: TokenSequence) -> None:
         """Keep the K best; among equals the last one comes first, and a full list takes better ones only."""
@@ -312,7 +312,7 @@ class LavisBeamSearch(BeamSearch):
         if worst is not None:
             most = options.early_stopping == "never" and options.length_penalty > 0
             divisor = _length_divisor((options.max_new_tokens if most else length) + 1, options)
-            if options.early_stopping is True or worst.score >= float(candidates.scores[0]) / divisor:
+            if options.early_stopping is True or worst.score >= float(candidates.sums[0]) / divisor:
                 return True
         if length < options.max_new_tokens:
             return False
@@ -323,30 +323,8 @@ class LavisBeamSearch(BeamSearch):
         return True
 
 
-def best_of(found: Shortlist, sums: Array, banned: Sequence[int], size: int) -> tuple[Array, Array, Array, Array]:
-    """The best continuations of beams by the shortlists [1 or K, n] of their rows; of equal ones the first.
-
-    Args:
-        found: of every beam, or one that serves all.
-        sums: scores of the beams so far, [K] float32.
-        banned: tokens that are taken out of the race.
-        size: how many.
-
-    Returns:
-        Sums of scores, parents, tokens, raw log-probabilities.
-
-    Raises:
-        EngineError: the decoder gave NaN or infinite logits.
-    """
-    check_finite(found.logprobs[:, 0])
-    shape = (len(sums), found.tokens.shape[1])
-    tokens, logprobs = (np.broadcast_to(values, shape).ravel() for values in (found.tokens, found.logprobs))
-    parents = np.repeat(np.arange(shape[0]), shape[1])
-    scores = np.where(np.isin(tokens, banned), np.float32(-np.inf), logprobs) + sums[parents]
-    order = np.lexsort((tokens, parents, -scores))[:size]
-    return scores[order], parents[order], tokens[order], logprobs[order]
-
-
 def _length_divisor(length: int, options: ResolvedOptions) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.power(float(length), options.length_penalty))
+    try:
+        return float(length) ** options.length_penalty
+    except OverflowError:
+        return math.inf

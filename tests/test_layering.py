@@ -22,6 +22,7 @@ RUNTIME_LAYERS = (
     {"manifest", "native", "options", "prefixes", "qformer_texts", "evaluation", "gallery_store", "data", "memory"},
     {"engine_directory", "backends", "gallery_scan"},
     {"preprocess", "tokenizer", "logits"},
+    {"scores"},
     {"search"},
     {"decoder"},
     {"inputs", "retrieval"},

@@ -25,10 +25,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
+from blip2rt.backends.torch_modules import likeliest
 from blip2rt.errors import EngineError
 from blip2rt.logits import draw, largest, log_softmax, probabilities, process, warp
 from blip2rt.options import ResolvedOptions
-from blip2rt.search import Shortlist, TokenSequence, run_searches, shortlist_size, start_search
+from blip2rt.scores import Continuations, Shortlist, num_continuations
+from blip2rt.search import TokenSequence, run_searches, shortlist_size, start_search
 
 Array = np.ndarray[Any, Any]
 MEMORY = 3  # last tokens that a table model looks at
@@ -62,8 +64,8 @@ class TableDecoder:
     def prefill(self) -> Array:
         return np.stack([[m.logits(rows[0])] for m, rows in zip(self.models, self.rows, strict=True)])
 
-    def step(self, tokens: Array, parents: Array) -> Array:
-        assert tokens.shape == parents.shape == (len(self.rows), self.num_rows)
+    def step(self, tokens: Array, parents: Array, sums: Array) -> Array:
+        assert tokens.shape == parents.shape == sums.shape == (len(self.rows), self.num_rows)
         self.rows = [
             [[*rows[parent], int(token)] for token, parent in zip(ts, ps, strict=True)]
             for rows, ts, ps in zip(self.rows, tokens, parents, strict=True)
@@ -89,13 +91,23 @@ class ShortlistDecoder(TableDecoder):
     def prefill(self) -> Shortlist:  # type: ignore[override]
         return self._shortened(super().prefill())
 
-    def step(self, tokens: Array, parents: Array) -> Shortlist:  # type: ignore[override]
-        return self._shortened(super().step(tokens, parents))
+    def step(self, tokens: Array, parents: Array, sums: Array) -> Shortlist:  # type: ignore[override]
+        return self._shortened(super().step(tokens, parents, sums))
 
     def _shortened(self, logits: Array) -> Shortlist:
         logprobs = np.stack([log_softmax(rows) for rows in logits])
         best = np.argsort(-logprobs, axis=2, kind="stable")[:, :, : self.size]
         return Shortlist(best, np.take_along_axis(logprobs, best, axis=2))
+
+
+class ScoringDecoder(ShortlistDecoder):
+    """Gives the best continuations of every image, as torch does on a GPU."""
+
+    def step(self, tokens: Array, parents: Array, sums: Array) -> Continuations:  # type: ignore[override]
+        logits = torch.from_numpy(TableDecoder.step(self, tokens, parents, sums))
+        found = likeliest(logits, num_continuations(self.size, self.num_rows, logits.shape[2]), torch.from_numpy(sums))
+        parts = (found[f"best_{name}"].numpy() for name in ("sums", "parents", "tokens", "logprobs"))
+        return Continuations(*parts)
 
 
 class TableConfig(PretrainedConfig):
@@ -278,10 +290,21 @@ def test_a_shortlist_is_enough(
     table.table = np.round(table.table)
     size = shortlist_size(options, stops)
     assert size is not None
+    expected = search(table, [3, 1], options, stops)
     found = start_search(options, [3, 1], stops)
-    for _ in run_searches(ShortlistDecoder([table], [[3, 1]], options.num_rows, min(size, vocab_size)), [found]):
+    for _ in run_searches(ShortlistDecoder([table], [[3, 1]], options.num_rows, size), [found]):
         pass
-    assert found.sequences() == search(table, [3, 1], options, stops)
+    assert found.sequences() == expected
+    # torch rounds log-probabilities otherwise, and of more equal ones than are asked for it takes any: here none are
+    table.table += np.random.default_rng(seed).random(table.table.shape, np.float32) / 8
+    expected = search(table, [3, 1], options, stops)
+    found = start_search(options, [3, 1], stops)
+    for _ in run_searches(ScoringDecoder([table], [[3, 1]], options.num_rows, size), [found]):
+        pass
+    for left, right in zip(found.sequences(), expected, strict=True):
+        assert left.token_ids == right.token_ids
+        assert left.token_logprobs == pytest.approx(right.token_logprobs, abs=1e-5)
+        assert left.score == pytest.approx(right.score, abs=1e-4)
     for changed in ({"repetition_penalty": 1.1}, {"no_repeat_ngram_size": 2}, {"do_sample": True}):
         assert shortlist_size(replace(options, **changed), stops) is None
 

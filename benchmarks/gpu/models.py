@@ -18,7 +18,8 @@ from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.names import TRANSFORMERS, Names
 from blip2rt.model.signatures import stage_specs
 from blip2rt.options import ResolvedOptions
-from blip2rt.search import Shortlist, run_searches, shortlist_size, start_search
+from blip2rt.scores import num_continuations
+from blip2rt.search import run_searches, shortlist_size, start_search
 from blip2rt.stages import DECODER, QFORMER, VISION
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +111,7 @@ class Ours:
         image_embeds = self._stages[VISION](pixel_values=pixels)["image_embeds"]
         prefix = self._stages[QFORMER](image_embeds=image_embeds)["prefix"]
         found = self._decoder(prefix, 1, 1, None).prefill()
-        assert not isinstance(found, Shortlist)
+        assert isinstance(found, np.ndarray)
         return np.asarray(found[:, 0])
 
     @torch.inference_mode()
@@ -158,9 +159,15 @@ class Ours:
             is_cache = tensor.name.startswith("past_")
             dtype = np.int64 if tensor.dtype == "int64" else np.float32
             binding.input(tensor.name, self._stages[DECODER].cache(shape) if is_cache else np.zeros(shape, dtype))
-        shape = (batch, rows, 2 * rows)
-        binding.output("best_tokens", np.empty(shape, np.int64))
-        binding.output("best_logprobs", np.empty(shape, np.float32))
+        binding.input("sums", np.zeros((batch, rows), np.float32))
+        shape = (batch, num_continuations(2 * rows, rows, self.config.text.vocab_size))
+        for name, dtype in (
+            ("sums", np.float32),
+            ("parents", np.int64),
+            ("tokens", np.int64),
+            ("logprobs", np.float32),
+        ):
+            binding.output(f"best_{name}", np.empty(shape, dtype))
         return binding.run
 
     def _prefix(self, batch: int) -> Array:

@@ -52,10 +52,13 @@ class Stage(Protocol):
         batch_size: images that it works on together, where the caller does not choose.
         longest_shortlist: the largest n for which a binding of a decoder can give `best_tokens` and `best_logprobs`
             [B, R, n], the likeliest of every row and best first, in the place of `logits`; 0: it gives logits only.
+        scores_rows: whether the binding may be given `sums` [B, R] as well, and then gives the best continuations of
+            each image: `best_sums`, `best_parents`, `best_tokens` and `best_logprobs` [B, n], of equal ones the first.
     """
 
     batch_size: int
     longest_shortlist: int
+    scores_rows: bool
 
     def __call__(self, **inputs: Array) -> dict[str, Array]:
         """Run once; inputs and outputs by the names of `stages.py`."""

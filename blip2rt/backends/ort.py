@@ -23,6 +23,7 @@ class Stage:
 
     batch_size = 8
     longest_shortlist = 0  # the logits lie in this memory already
+    scores_rows = False
 
     def __init__(self, name: str, path: Path, threads: int | None = None):
         """Open an engine.

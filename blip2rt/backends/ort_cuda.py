@@ -85,6 +85,8 @@ class Stage:
         chosen: providers of ONNX Runtime, the device's first.
     """
 
+    scores_rows = False  # the search does, on the host
+
     def __init__(self, name: str, path: Path, spec: StageSpec, pool: Pool, chosen: list[Any]):
         self.name, self.spec, self.pool = name, spec, pool
         options = ort.SessionOptions()

@@ -45,6 +45,6 @@ def open_package(directory: Path, manifest: Manifest, stage: str, module: nn.Mod
     is_gpu = torch.cuda.is_available()  # where one thread at a time uses it (`GPU`), and launches are captured
     package = torch._inductor.aoti_load_package(path, run_single_threaded=is_gpu)
     # weights of equal values are one to the compiler
-    weights = {name: module.get_parameter(name) for name in package.get_constant_fqns()}
+    weights: dict[str, torch.Tensor] = {name: module.get_parameter(name) for name in package.get_constant_fqns()}
     package.load_constants(weights, check_full_update=True, user_managed=True)
     return package

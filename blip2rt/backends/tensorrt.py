@@ -82,6 +82,8 @@ class Stage:
         runtime: its `Runtime`.
     """
 
+    scores_rows = False  # the search does, on the host
+
     def __init__(self, name: str, path: Path, spec: StageSpec, pool: Pool, trt: Any, runtime: Any):
         self.name, self.spec, self.pool = name, spec, pool
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as plan:

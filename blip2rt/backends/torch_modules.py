@@ -102,6 +102,7 @@ class Stage:
 
     batch_size = 64
     longest_shortlist = 1 << 30
+    scores_rows = True
 
     def __init__(
         self, name: str, module: Callable[..., Any], spec: StageSpec, dtype: torch.dtype, device: torch.device
@@ -150,7 +151,7 @@ class Binding:
             self._device[name] = array.array
         else:
             host = torch.from_numpy(array if array.flags.writeable else array.copy())
-            dtype = self._stage.dtype if host.is_floating_point() else host.dtype
+            dtype = self._stage.dtype if host.is_floating_point() and name != "sums" else host.dtype
             self._host[name] = host
             self._device[name] = torch.empty(host.shape, dtype=dtype, device=self._stage.device)
         self._num_runs, self._graph = 0, None
@@ -166,7 +167,7 @@ class Binding:
         start = perf_counter()
         with self._stage.using:
             for name, host in self._host.items():
-                self._device[name].copy_(within(host, self._stage.dtype))
+                self._device[name].copy_(within(host, self._device[name].dtype))
             try:
                 self._launch()
             except RuntimeError as error:  # torch's, out of memory among them
@@ -200,6 +201,26 @@ class Binding:
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         results = {tensor.name: value for tensor, value in zip(spec.outputs, outputs, strict=True)}
         if (best := self._outputs.get("best_tokens")) is not None:
-            logprobs = results["logits"].float().log_softmax(-1)
-            results["best_logprobs"], results["best_tokens"] = logprobs.topk(best.shape[-1])
+            results |= likeliest(results["logits"], best.shape[-1], self._device.get("sums"))
         return results
+
+
+def likeliest(logits: Tensor, size: int, sums: Tensor | None) -> dict[str, Tensor]:
+    """The `size` likeliest tokens of every row by logits [B, R, V], best first; of an image where `sums` [B, R] come.
+
+    Of equal continuations of an image the first row and token comes first, as in the search on the host.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    if sums is None:
+        logprobs, tokens = logprobs.topk(size)
+        return {"best_tokens": tokens, "best_logprobs": logprobs}
+    tokens = logprobs.topk(min(size, logits.shape[2])).indices.sort().values  # [B, R, n]
+    logprobs = logprobs.gather(2, tokens)
+    totals, order = (logprobs + sums[:, :, None]).flatten(1).sort(descending=True, stable=True)
+    order = order[:, :size]
+    return {
+        "best_sums": totals[:, :size],
+        "best_parents": order // tokens.shape[2],
+        "best_tokens": tokens.flatten(1).gather(1, order),
+        "best_logprobs": logprobs.flatten(1).gather(1, order),
+    }

@@ -21,7 +21,8 @@ from ..generative import Prompt
 from ..options import ResolvedOptions
 from ..pipeline import Pipeline
 from ..results import Generation
-from ..search import Scores, Search, TokenSequence, run_searches, start_search
+from ..scores import Scores
+from ..search import Move, Search, TokenSequence, run_searches, start_search
 from .metrics import Metrics
 
 Array = np.ndarray[Any, Any]
@@ -75,7 +76,7 @@ class _Watched(Search):
     def __init__(self, search: Search, job: Job, decode: Callable[[list[int]], str]):
         self._search, self._job, self._decode = search, job, decode
 
-    def advance(self, scores: Scores) -> tuple[Array, Array] | None:
+    def advance(self, scores: Scores) -> Move | None:
         if self._job.is_gone:
             return None
         move = self._search.advance(scores)
