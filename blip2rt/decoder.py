@@ -23,9 +23,9 @@ from .stages import MASKED, StageSpec
 Array = np.ndarray[Any, Any]
 
 GROWTH = 1.5
-ROW_STEP = (
-    16  # rows that attention sees are padded to a multiple of this: else kernels sum up their last rows otherwise
-)
+# rows that attention sees are padded to a multiple of this: else kernels sum up their last rows otherwise
+ROW_STEP = 16
+CONSTANT = ("prefix", "logit_rows")  # inputs that are the same in every step
 
 
 def padded(num_rows: int) -> int:
@@ -45,7 +45,7 @@ def lay_out_rows(prefixes: Array, prompts: Sequence[Sequence[int]], num_rows: in
     return prefix, input_ids
 
 
-def run_encoder(encoder: Stage, prefixes: Array, prompts: Sequence[Sequence[int]]) -> dict[str, Array]:
+def run_encoder(encoder: Stage, prefixes: Array, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """What the decoder of a model with an encoder looks at: [prefix, prompt] of every image, right-padded and encoded.
 
     Args:
@@ -86,7 +86,7 @@ class CachedDecoder:
         prompts: Sequence[Sequence[int]],
         num_rows: int,
         max_new_tokens: int,
-        encoded: Mapping[str, Array] | None = None,
+        encoded: Mapping[str, Any] | None = None,
         shortlist: int | None = None,
     ):
         batch, num_queries, _ = prefixes.shape
@@ -168,8 +168,7 @@ class CachedDecoder:
         for name in ("_lengths", "_used", "_depths", "_most_rows", "_capacities"):
             setattr(self, name, getattr(self, name)[list(images)])
         self._step, self._encoded = (
-            {name: np.ascontiguousarray(array[list(images)]) for name, array in arrays.items()}
-            for arrays in (self._step, self._encoded)
+            {name: _kept(array, images) for name, array in arrays.items()} for arrays in (self._step, self._encoded)
         )
         self._outputs = {name: array[: len(images)] for name, array in self._outputs.items()}
         self._bind(self._step, self._outputs)
@@ -263,7 +262,7 @@ class CachedDecoder:
     def _bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
         for name, array in (inputs | self._encoded).items():
             if name in self._inputs:
-                self._binding.input(name, array)
+                self._binding.input(name, array, name in CONSTANT or name in self._encoded)
         for name, array in outputs.items():
             self._binding.output(name, array)
         for past, present, cache in zip(self._past, self._present, self._caches, strict=True):
@@ -272,13 +271,19 @@ class CachedDecoder:
         self._bound = inputs  # keeps the arrays alive for as long as they are bound
 
 
+def _kept(array: Any, images: Sequence[int]) -> Any:
+    """An array or a cache that goes on with these images."""
+    if isinstance(array, np.ndarray):
+        return np.ascontiguousarray(array[list(images)])
+    array.keep(images)
+    return array
+
+
 def _scores(outputs: Mapping[str, Array]) -> Scores:
     """The outputs of a step as a search takes them."""
     if "logits" in outputs:
         return outputs["logits"]
     best = outputs["best_tokens"], outputs["best_logprobs"]
-    return (
-        Continuations(outputs["best_sums"], outputs["best_parents"], *best)
-        if "best_sums" in outputs
-        else Shortlist(*best)
-    )
+    if "best_sums" in outputs:
+        return Continuations(outputs["best_sums"], outputs["best_parents"], *best)
+    return Shortlist(*best)

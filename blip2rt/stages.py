@@ -42,6 +42,9 @@ GENERATIVE_STAGES = (VISION, QFORMER, DECODER)
 TEXT, ITM = "text", "itm"
 RETRIEVAL_STAGES = (VISION, QFORMER, TEXT, ITM)
 
+CROSS = "cross_"  # begins the names of keys and values that an encoder gives
+KEYS_AND_VALUES = ("past_", "present_", CROSS)  # of all those that stay where a stage works, and in its precision
+
 MASKED = -3.4028234663852886e38  # finfo(float32).min: -inf would give NaN in a row that sees nothing
 
 

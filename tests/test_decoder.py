@@ -113,11 +113,11 @@ def test_cache_is_updated_in_place(long_model: tuple[Path, Blip2], monkeypatch: 
     for direction in ("input", "output"):
         original = getattr(Binding, direction)
 
-        def spy(self: Binding, name: str, array: Any, original: Any = original) -> None:
+        def spy(self: Binding, name: str, array: Any, *constant: bool, original: Any = original) -> None:
             nonlocal bindings
             bindings += 1
             bound[name] = id(array)
-            original(self, name, array)
+            original(self, name, array, *constant)
 
         monkeypatch.setattr(Binding, direction, spy)
     walk = Walk(*long_model, num_images=2, num_rows=4)

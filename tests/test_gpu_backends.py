@@ -87,6 +87,27 @@ def test_cuda_says_what_the_cpu_says(checkpoint: Path, tmp_path: Path, device: H
     assert_same(Pipeline(tmp_path / "cpu"), Pipeline(tmp_path / "cuda"))
 
 
+def test_a_step_sends_what_changes(checkpoint: Path, tmp_path: Path, device: HostDevice) -> None:
+    """Catches what is copied to the GPU again and again: rows of the picture, or what the encoder gave of it."""
+    sent: list[tuple[int, ...]] = []
+    original = device.to_device
+
+    def spy(address: int, array: Any) -> None:
+        sent.append(array.shape)
+        original(address, array)
+
+    export_engine(checkpoint, tmp_path / "cuda", device="cuda")
+    pipe, counts = Pipeline(tmp_path / "cuda"), []
+    device.to_device = spy  # type: ignore[method-assign]
+    for tokens in (4, 12):
+        sent.clear()
+        pipe.generate(IMAGES[0], PROMPTS[1], num_beams=3, max_new_tokens=tokens, min_new_tokens=tokens)
+        counts.append(sum(len(shape) > 2 and shape[1] != 1 for shape in sent))  # no mask
+    assert counts[1] <= counts[0] + 1  # where the cache has grown all is bound anew
+    has_encoder = ENCODER in pipe.manifest.stages
+    assert counts[0] == (3 if has_encoder else 4)  # pixel values, image_embeds, prefix; zeros in its place in steps
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_graphs_are_near_the_reference(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     """Every block by itself, by the export's own comparison; caches in half the bits, edges in float32."""
@@ -100,7 +121,7 @@ def test_half_graphs_are_near_the_reference(checkpoint: Path, tmp_path: Path, pr
     for stage in manifest.stages.values():
         onnx.checker.check_model(engine / stage.file, full_check=True)  # no operator has inputs of two types
         for tensor in (*stage.signature.inputs, *stage.signature.outputs):
-            is_cache = tensor.name.startswith(("past_", "present_"))
+            is_cache = tensor.name.startswith(("past_", "present_", "cross_"))
             expected = {"fp16": "float16", "bf16": "bfloat16"}[precision] if is_cache else ("float32", "int64")
             assert tensor.dtype in expected
 
@@ -268,7 +289,7 @@ def test_caches_move_alike(data: st.DataObject) -> None:
     device = HostDevice()
     pool = Pool(device)
     ours = DeviceCache(pool, (batch, heads, capacity, width), 4)
-    twin = ArrayCache(lambda shape: np.zeros(shape, np.float32), (batch, heads, capacity, width))
+    twin = ArrayCache(np.zeros, np.zeros((batch, heads, capacity, width), np.float32))
     assert (ours.read(np.float32) == 0).all()
     twin.array[:] = np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal(twin.array.shape)
     ours.write(np.ascontiguousarray(twin.array))

@@ -35,8 +35,11 @@ class Binding(Protocol):
     The arrays must stay alive and must not be resized while they are bound.
     """
 
-    def input(self, name: str, array: Any) -> None:
-        """Bind an input to a contiguous array, or to a `Cache` of the stage."""
+    def input(self, name: str, array: Any, is_constant: bool = False) -> None:
+        """Bind an input to a contiguous array, or to a `Cache` of the stage.
+
+        Of an array that is constant, what it holds now is what every run reads.
+        """
 
     def output(self, name: str, array: Any) -> None:
         """Bind an output to a contiguous array; the same one as an input for a cache that is updated in place."""
@@ -60,8 +63,11 @@ class Stage(Protocol):
     longest_shortlist: int
     scores_rows: bool
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
-        """Run once; inputs and outputs by the names of `stages.py`."""
+    def __call__(self, **inputs: Array) -> dict[str, Any]:
+        """Run once; inputs and outputs by the names of `stages.py`.
+
+        Keys and values that an encoder gives may be a `Cache` each, which the decoder of the same engine takes.
+        """
 
     def bind(self) -> Binding:
         """A binding of inputs and outputs to buffers of the caller."""

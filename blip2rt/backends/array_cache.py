@@ -15,10 +15,10 @@ class ArrayCache:
         array: where they lie now.
     """
 
-    def __init__(self, zeros: Callable[[tuple[int, ...]], Any], shape: tuple[int, ...]):
-        """A cache of zeros; `zeros` makes an array of a shape."""
+    def __init__(self, zeros: Callable[[tuple[int, ...]], Any], array: Any):
+        """A cache of what `array` holds; `zeros` makes another array of a shape."""
         self._zeros = zeros
-        self.array = zeros(shape)
+        self.array = array
 
     def keep(self, images: Sequence[int]) -> None:
         """See `Cache`."""

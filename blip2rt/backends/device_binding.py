@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..stages import StageSpec, sizes_of
+from ..stages import CROSS, StageSpec, sizes_of
 from ..trace import trace
 from .device_memory import Buffer, DeviceCache, Pool
 
@@ -52,13 +52,17 @@ class DeviceBinding:
         self._wanted: dict[str, tuple[Array, Array]] = {}  # the caller's array, and all that the stage gives
         self._is_repeated = False
 
-    def input(self, name: str, array: Array | DeviceCache) -> None:
+    def input(self, name: str, array: Array | DeviceCache, is_constant: bool = False) -> None:
         """Bind an input to a contiguous array, or to a cache."""
         if isinstance(array, DeviceCache):
             self._inputs[name] = array.address, array.shape
         else:
-            self._sent[name] = array
             self._inputs[name] = self._buffer(name, array.nbytes).address, array.shape
+            if is_constant:
+                with self._pool.using:
+                    self._pool.device.to_device(self._inputs[name][0], array)
+            else:
+                self._sent[name] = array
         self._is_repeated = False
 
     def output(self, name: str, array: Array | DeviceCache) -> None:
@@ -99,17 +103,20 @@ class DeviceBinding:
         return next(tensor for tensor in self._stage.spec.outputs if tensor.name == name).shape[-1]
 
 
-def call(stage: Launcher, pool: Pool, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a stage once, arrays in, arrays out."""
+def call(stage: Launcher, pool: Pool, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    """Run a stage once, arrays in, arrays out; what an encoder gives stays on the device."""
     binding = DeviceBinding(stage, pool)
     sizes = sizes_of(stage.spec.inputs, {name: array.shape for name, array in inputs.items()})
     for tensor in stage.spec.inputs:
         binding.input(tensor.name, np.ascontiguousarray(inputs[tensor.name]))
-    found: dict[str, Array] = {}
+    found: dict[str, Any] = {}
     for tensor in stage.spec.outputs:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        found[tensor.name] = np.empty(shape, tensor.dtype)
+        if tensor.name.startswith(CROSS):
+            found[tensor.name] = DeviceCache(pool, shape, ITEM_SIZES[tensor.dtype])
+        else:
+            found[tensor.name] = np.empty(shape, tensor.dtype)
         binding.output(tensor.name, found[tensor.name])
     binding.run()
-    trace.outputs(stage.name, found)
+    trace.outputs(stage.name, {name: array for name, array in found.items() if isinstance(array, np.ndarray)})
     return found

@@ -58,7 +58,7 @@ class Stage:
 
     def cache(self, shape: tuple[int, ...]) -> ArrayCache:
         """A cache that a binding updates in place."""
-        return ArrayCache(partial(np.zeros, dtype=np.float32), shape)
+        return ArrayCache(partial(np.zeros, dtype=np.float32), np.zeros(shape, np.float32))
 
     def _run(self, run: Callable[[], Any]) -> Any:
         start = perf_counter()
@@ -80,7 +80,7 @@ class Binding:
         self._stage = stage
         self._binding = stage.session.io_binding()
 
-    def input(self, name: str, array: Array | ArrayCache) -> None:
+    def input(self, name: str, array: Array | ArrayCache, is_constant: bool = False) -> None:
         """Bind an input to a contiguous array, or to a cache."""
         array = array.array if isinstance(array, ArrayCache) else array
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, _address(array))

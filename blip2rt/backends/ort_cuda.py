@@ -102,7 +102,7 @@ class Stage:
         self._graphs: dict[Any, str] = {}  # number of the CUDA graph of every set of places
         self._numbers = count(1)
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Array) -> dict[str, Any]:
         """Run once; inputs and outputs by the names of `stages.py`."""
         return call(self, self.pool, inputs)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import EngineError, InputError
 from ..manifest import Manifest
-from ..stages import StageSpec, sizes_of
+from ..stages import ENCODER, StageSpec, sizes_of
 from .device_binding import ITEM_SIZES, DeviceBinding, Place, call
 from .device_memory import Buffer, CudaDevice, DeviceCache, Pool
 
@@ -103,8 +103,10 @@ class Stage:
         self.batch_size = self._most_images()
         self.longest_shortlist = int(shapes["best_tokens"][-1]) if "best_tokens" in shapes else 0
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Array) -> dict[str, Any]:
         """Run once; inputs and outputs by the names of `stages.py`."""
+        if self.name == ENCODER:  # its decoder takes no more pictures than it does
+            return call(self, self.pool, inputs)
         most = self.batch_size
         parts = [
             call(self, self.pool, {name: array[start : start + most] for name, array in inputs.items()})

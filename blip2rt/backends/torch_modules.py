@@ -24,7 +24,7 @@ from ..model import Blip2, Blip2Retrieval
 from ..model.config import read_sizes
 from ..model.layers import CacheInPlace
 from ..model.retrieval import stored_name
-from ..stages import DECODER, StageSpec
+from ..stages import CROSS, DECODER, StageSpec
 from ..trace import trace
 from .array_cache import ArrayCache
 from .packages import open_package, package_name
@@ -108,17 +108,19 @@ class Stage:
         self, name: str, module: Callable[..., Any], spec: StageSpec, dtype: torch.dtype, device: torch.device
     ):
         self.name, self.module, self.spec, self.dtype, self.device = name, module, spec, dtype, device
+        self._zeros = partial(torch.zeros, dtype=dtype, device=device)
         self.using: AbstractContextManager[Any] = GPU if device.type == "cuda" else nullcontext()
 
-    def __call__(self, **inputs: Array) -> dict[str, Array]:
+    def __call__(self, **inputs: Array) -> dict[str, Any]:
         """Run once; inputs and outputs by the names of `stages.py`."""
         binding = self.bind()
         for name, array in inputs.items():
             binding.input(name, array)
         binding.run()
-        found = {name: value.float().cpu().numpy() for name, value in binding.results.items()}
+        kept = {name: value for name, value in binding.results.items() if name.startswith(CROSS)}
+        found = {name: value.float().cpu().numpy() for name, value in binding.results.items() if name not in kept}
         trace.outputs(self.name, found)
-        return found
+        return found | {name: ArrayCache(self._zeros, value) for name, value in kept.items()}
 
     def bind(self) -> "Binding":
         """A binding of inputs and outputs to buffers of the caller."""
@@ -126,7 +128,7 @@ class Stage:
 
     def cache(self, shape: tuple[int, ...]) -> ArrayCache:
         """A cache on the device, in the precision of the stage."""
-        return ArrayCache(partial(torch.zeros, dtype=self.dtype, device=self.device), shape)
+        return ArrayCache(self._zeros, self._zeros(shape))
 
 
 class Binding:
@@ -145,15 +147,19 @@ class Binding:
         self._num_runs = 0
         self._graph: Any = None  # a CUDA graph
 
-    def input(self, name: str, array: Array | ArrayCache) -> None:
+    def input(self, name: str, array: Array | ArrayCache, is_constant: bool = False) -> None:
         """Bind an input to a contiguous array, or to a cache."""
         if isinstance(array, ArrayCache):
             self._device[name] = array.array
         else:
             host = torch.from_numpy(array if array.flags.writeable else array.copy())
             dtype = self._stage.dtype if host.is_floating_point() and name != "sums" else host.dtype
-            self._host[name] = host
             self._device[name] = torch.empty(host.shape, dtype=dtype, device=self._stage.device)
+            if is_constant:
+                with self._stage.using:
+                    self._device[name].copy_(within(host, dtype))
+            else:
+                self._host[name] = host
         self._num_runs, self._graph = 0, None
 
     def output(self, name: str, array: Array | ArrayCache) -> None:
@@ -161,7 +167,7 @@ class Binding:
         if not isinstance(array, ArrayCache):
             self._outputs[name] = torch.from_numpy(array)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not the inference mode: caches of what it gives are written later
     def run(self) -> None:
         """Run once."""
         start = perf_counter()

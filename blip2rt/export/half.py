@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..stages import StageSpec, TensorSpec
+from ..stages import KEYS_AND_VALUES, StageSpec, TensorSpec
 from .lower import StoredWeight, constant
 
 Convert = Callable[[torch.Tensor], Mapping[str, np.ndarray[Any, Any]]]
@@ -21,7 +21,6 @@ Convert = Callable[[torch.Tensor], Mapping[str, np.ndarray[Any, Any]]]
 TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NAMES = {"fp16": "float16", "bf16": "bfloat16"}  # as signatures write them
 LEAST = {ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.3895313892515355e38}  # numbers that are finite
-CACHES = ("past_", "present_")
 
 
 def halve(model: ir.Model, precision: str, weights: Sequence[StoredWeight]) -> list[StoredWeight]:
@@ -46,7 +45,7 @@ def halve(model: ir.Model, precision: str, weights: Sequence[StoredWeight]) -> l
             value.type = ir.TensorType(dtype)
             value.const_value = ir.tensor(value.const_value.numpy().astype(dtype.numpy()), name=value.name)
     for value in list(graph.inputs):
-        if value.dtype == dtype and not str(value.name).startswith(CACHES):
+        if value.dtype == dtype and not str(value.name).startswith(KEYS_AND_VALUES):
             value.type = ir.TensorType(ir.DataType.FLOAT)
             _cast_input(graph, value, dtype)
     for node in exact:
@@ -56,7 +55,7 @@ def halve(model: ir.Model, precision: str, weights: Sequence[StoredWeight]) -> l
                 graph.insert_before(node, cast)
                 node.replace_input_with(i, cast.outputs[0])
     for i, value in enumerate(graph.outputs):
-        if value.dtype == dtype and not str(value.name).startswith(CACHES):
+        if value.dtype == dtype and not str(value.name).startswith(KEYS_AND_VALUES):
             name, cast = value.name, _cast(value, ir.DataType.FLOAT)
             value.name = f"{name}_{precision}"
             graph.append(cast)
@@ -69,10 +68,10 @@ def halve(model: ir.Model, precision: str, weights: Sequence[StoredWeight]) -> l
 
 
 def half_spec(spec: StageSpec, precision: str) -> StageSpec:
-    """The signature of a stage whose caches lie in fp16 or bf16."""
+    """The signature of a stage whose keys and values lie in fp16 or bf16."""
 
     def typed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-        return tuple(replace(t, dtype=NAMES[precision]) if t.name.startswith(CACHES) else t for t in tensors)
+        return tuple(replace(t, dtype=NAMES[precision]) if t.name.startswith(KEYS_AND_VALUES) else t for t in tensors)
 
     return StageSpec(typed(spec.inputs), typed(spec.outputs))
 

@@ -20,7 +20,7 @@ from ..backends.torch_modules import DTYPES, build, within
 from ..errors import EngineError
 from ..manifest import TENSORRT, TORCH, Manifest
 from ..model.retrieval import stored_name
-from ..stages import sizes_of
+from ..stages import CROSS, KEYS_AND_VALUES, sizes_of
 
 Array = np.ndarray[Any, Any]
 
@@ -150,21 +150,24 @@ class PlanPieces:
         sizes = sizes_of(self._spec.inputs, {name: array.shape for name, array in known.items()})
         for tensor in self._spec.inputs:
             array = np.ascontiguousarray(known[tensor.name])
-            if tensor.name.startswith("past_"):
+            if tensor.name.startswith(KEYS_AND_VALUES):
                 cache = caches[tensor.name.replace("past_", "present_")] = self._stage.cache(array.shape)
                 cache.write(array.astype(NUMPY[tensor.dtype]))
                 binding.input(tensor.name, cache)
             else:
                 binding.input(tensor.name, array)
         for tensor in self._spec.outputs:
+            shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+            if tensor.name.startswith(CROSS):
+                caches[tensor.name] = self._stage.cache(tuple(shape))
             if tensor.name in caches:
                 binding.output(tensor.name, caches[tensor.name])
             else:
-                shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
                 binding.output(tensor.name, found.setdefault(tensor.name, np.empty(shape, tensor.dtype)))
         binding.run()
         dtypes = {tensor.name: NUMPY[tensor.dtype] for tensor in self._spec.outputs}
-        return found | {name: cache.read(dtypes[name]).astype(np.float32) for name, cache in caches.items()}
+        kept = {name: cache for name, cache in caches.items() if name in dtypes}
+        return found | {name: cache.read(dtypes[name]).astype(np.float32) for name, cache in kept.items()}
 
 
 def _widen(graph: ir.Graph) -> None:
