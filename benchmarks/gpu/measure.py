@@ -5,7 +5,7 @@
 From the root of the source, nothing installed; it needs torch, transformers, onnxruntime, tokenizers and pillow.
 Random weights are made on the card and shared by both models. It checks parity, measures the card's ceilings, times the
 stages and whole captions of 20 tokens, prints a line for each, and leaves out what would begin after `--minutes`.
-`--size tiny --device cpu` runs all of it anywhere in seconds; its figures mean nothing.
+`--size tiny tiny-t5 --device cpu` runs all of it anywhere in seconds; its figures mean nothing.
 """
 
 import argparse
@@ -26,28 +26,42 @@ from benchmarks.gpu.work import decoder_bytes, matrix_rate, prefill_work, read_r
 from blip2rt.backends.rounded_linears import LAYERS
 
 NEW_TOKENS, BEAMS, REPEATS = 20, 5, 5
-SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # vision, Q-Former, OPT
+TINY: tuple[dict[str, Any], dict[str, Any]] = (  # vision, Q-Former
+    {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 28},
+    {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
+)
+T5 = {"model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "decoder_start_token_id": 0}
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {  # vision, Q-Former, language model
     "opt-2.7b": (
         {},
         {},
-        {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 32}
+        {
+            "model_type": "opt",
+            "hidden_size": 2560,
+            "word_embed_proj_dim": 2560,
+            "ffn_dim": 10240,
+            "num_hidden_layers": 32,
+        }
         | {"num_attention_heads": 32, "vocab_size": 50304, "max_position_embeddings": 2048},
     ),
+    "flan-t5-xl": (
+        {},
+        {},
+        {**T5, "d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 32},
+    ),
     "tiny": (
-        {
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "image_size": 28,
-        },
-        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
-        {"hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 96, "num_hidden_layers": 2}
+        *TINY,
+        {"model_type": "opt", "hidden_size": 48, "word_embed_proj_dim": 48, "ffn_dim": 96, "num_hidden_layers": 2}
         | {"num_attention_heads": 4, "vocab_size": 96, "max_position_embeddings": 128},
     ),
+    "tiny-t5": (
+        *TINY,
+        {**T5, "d_model": 48, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4}
+        | {"vocab_size": 96},
+    ),
 }
-BATCHES = {"opt-2.7b": (1, 8, 64, 256), "tiny": (1, 3)}
-PEER_BATCHES = {"opt-2.7b": (1, 8, 64), "tiny": (1, 3)}
+BATCHES, PEER_BATCHES = (1, 8, 64, 256), (1, 8, 64)
+TINY_BATCHES = (1, 3)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -149,22 +163,19 @@ def rounded_figures(ours: Ours, precision: str, device: torch.device) -> dict[st
     }
 
 
-def measure(size: str, device: torch.device, precision: str, minutes: float) -> dict[str, Any]:
-    """All figures."""
-    report = Report(60 * minutes)
+def measure_model(
+    size: str, device: torch.device, precision: str, ceilings: dict[str, float], minutes: float
+) -> dict[str, Any]:
+    """All figures of a model; its memory is free afterwards."""
+    report, is_tiny = Report(60 * minutes), size.startswith("tiny")
     ours, peer = make_models(*SIZES[size], device, DTYPES[precision])
-    ceilings = {
-        "TFLOP/s": matrix_rate(device, DTYPES[precision], 8192 if size != "tiny" else 64),
-        "GB/s": read_rate(device, 2**32 if size != "tiny" else 2**16),
-    }
-    print("ceilings", json.dumps(ceilings), file=sys.stderr)
     report.add("parity", partial(parity, ours, peer, ours.pixels(4)))
-    for batch in BATCHES[size]:
+    for batch in TINY_BATCHES if is_tiny else BATCHES:
         report.add(f"stages, batch {batch}", partial(stage_figures, ours, batch, ceilings, device))
         for beams in (BEAMS, 1):
             figures = partial(caption_figures, ours, ours.pixels(batch), beams, device, 3)
             report.add(f"ours, batch {batch}, beams {beams}", figures)
-    for batch in PEER_BATCHES[size]:
+    for batch in TINY_BATCHES if is_tiny else PEER_BATCHES:
         for beams in (BEAMS, 1):
             figures = partial(caption_figures, peer, ours.pixels(batch), beams, device, 1)
             report.add(f"transformers, batch {batch}, beams {beams}", figures)
@@ -175,22 +186,39 @@ def measure(size: str, device: torch.device, precision: str, minutes: float) -> 
             report.add(f"transformers compiled, batch 1, beams {beams}", figures)
     for fewer in LAYERS:
         report.add(fewer, partial(rounded_figures, ours, fewer, device))
+    del ours, peer
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return report.figures
+
+
+def measure(sizes: list[str], device: torch.device, precision: str, minutes: float) -> dict[str, Any]:
+    """The card's ceilings and all figures of all models, each in its share of the time."""
+    is_tiny = all(size.startswith("tiny") for size in sizes)
+    ceilings = {
+        "TFLOP/s": matrix_rate(device, DTYPES[precision], 64 if is_tiny else 8192),
+        "GB/s": read_rate(device, 2**16 if is_tiny else 2**32),
+    }
+    print("ceilings", json.dumps(ceilings), file=sys.stderr)
+    models = {size: measure_model(size, device, precision, ceilings, minutes / len(sizes)) for size in sizes}
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    settings = {"size": size, "precision": precision, "new tokens": NEW_TOKENS}
-    return {"card": card, **versions, **settings, "ceilings": ceilings, "figures": report.figures}
+    settings = {"precision": precision, "new tokens": NEW_TOKENS}
+    return {"card": card, **versions, **settings, "ceilings": ceilings, "models": models}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time BLIP-2 on a GPU, ours beside transformers.")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the JSON goes (default: stdout only)")
-    parser.add_argument("--size", choices=SIZES, default="opt-2.7b")
+    parser.add_argument("--size", choices=SIZES, nargs="+", default=["opt-2.7b", "flan-t5-xl"])
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--minutes", type=float, default=8.0, help="nothing begins later (default: %(default)s)")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("measure: torch sees no GPU here: --size tiny --device cpu tries the program out", file=sys.stderr)
+        print(
+            "measure: torch sees no GPU here: --size tiny tiny-t5 --device cpu tries the program out", file=sys.stderr
+        )
         return 1
     result = measure(args.size, torch.device(args.device), args.precision, args.minutes)
     result["command"] = f"python -m benchmarks.gpu.measure {' '.join(sys.argv[1:])}"

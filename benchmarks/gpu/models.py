@@ -12,15 +12,16 @@ from transformers import Blip2ForConditionalGeneration
 
 from blip2rt.backends.rounded_linears import LAYERS
 from blip2rt.backends.torch_modules import Stage
-from blip2rt.decoder import CachedDecoder, lay_out_rows
+from blip2rt.decoder import CONSTANT, CachedDecoder, run_encoder
 from blip2rt.export.modules import round_linear
 from blip2rt.model import Blip2, Blip2Config
+from blip2rt.model.config import T5Config
 from blip2rt.model.names import TRANSFORMERS, Names
 from blip2rt.model.signatures import stage_specs
 from blip2rt.options import ResolvedOptions
 from blip2rt.scores import num_continuations
 from blip2rt.search import run_searches, shortlist_size, start_search
-from blip2rt.stages import DECODER, QFORMER, VISION
+from blip2rt.stages import DECODER, ENCODER, KEYS_AND_VALUES, QFORMER, VISION
 
 Array = np.ndarray[Any, Any]
 
@@ -37,7 +38,7 @@ def make_models(
 ) -> tuple["Ours", "Transformers"]:
     """Both models on the device, over the same weights."""
     qformer = {**qformer, "encoder_hidden_size": vision.get("hidden_size", 1408)}
-    theirs = TheirConfig(vision_config=dict(vision), qformer_config=qformer, text_config={"model_type": "opt", **text})
+    theirs = TheirConfig(vision_config=dict(vision), qformer_config=qformer, text_config=dict(text))
     theirs.image_token_index = IMAGE
     config = Blip2Config.from_transformers(theirs.to_dict())
     with torch.device("meta"):
@@ -49,10 +50,12 @@ def make_models(
         parameter.normal_(0, 0.02, generator=generator)
         if "norm" in name and name.endswith("weight"):
             parameter.add_(1)
-    names = Names(TRANSFORMERS, "opt")
+    names = Names(TRANSFORMERS, text["model_type"])
     weights: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         keys = names(name)
+        if keys[0] in weights:  # T5's encoder and decoder have one token embedding
+            parameter.data = weights[keys[0]]
         weights |= {key: part for key, part in zip(keys, parameter.chunk(len(keys)), strict=True) if key is not None}
     shapes = {name: value.shape for name, value in peer.state_dict().items()}
     missing, _ = peer.load_state_dict(
@@ -114,29 +117,10 @@ class Ours:
         assert isinstance(found, np.ndarray)
         return np.asarray(found[:, 0])
 
-    @torch.inference_mode()
     def float32_logits(self, pixels: Array) -> Array:
-        """Of the first token, [B, V], by the reference in float32, stage by stage."""
-        inputs = torch.from_numpy(pixels).to(self.device)
-        image_embeds = _in_float32(self._model.vision, lambda module: module(inputs))
-        _, prefix = _in_float32(self._model.qformer, lambda module: module(image_embeds))
-        batch, rows = len(pixels), prefix.shape[1] + len(BEGIN)
-        laid, ids = lay_out_rows(prefix.cpu().numpy(), [BEGIN] * batch, rows)
-        causal = torch.full((rows, rows), torch.finfo(torch.float32).min, device=self.device).triu(1)
-
-        def decode(module: nn.Module) -> Any:
-            return module(
-                torch.from_numpy(laid).to(self.device),
-                torch.from_numpy(ids).to(self.device),
-                torch.arange(rows, device=self.device).expand(batch, -1),
-                torch.zeros(batch, dtype=torch.int64, device=self.device),
-                causal.expand(batch, 1, -1, -1),
-                torch.full((batch, 1), rows - 1, device=self.device),
-                *[None] * (2 * len(self._model.decoder.blocks)),
-            )
-
-        logits: Array = _in_float32(self._model.decoder, decode)[0][:, 0].cpu().numpy()
-        return logits
+        """Of the first token, [B, V], with the same weights in float32."""
+        with widened(self._model):
+            return Ours(self._model, self.config, self.device, torch.float32).logits(pixels)
 
     def bound_vision(self, pixels: Array) -> Callable[[], None]:
         """The image encoder on bound pixel values; what it gives stays on the device."""
@@ -145,20 +129,24 @@ class Ours:
         return binding.run
 
     def bound_prefill(self, batch: int) -> Callable[[], object]:
-        """The prefix of a batch of pictures through the language model."""
-        decoder = self._decoder(self._prefix(batch), 1, 2, 1)
-        return decoder.prefill
+        """The prefix of a batch of pictures through the language model: T5's encoder, OPT's decoder."""
+        prefix = self._prefix(batch)
+        if ENCODER in self._stages:
+            prompts = [BEGIN] * batch
+            return lambda: run_encoder(self._stages[ENCODER], prefix, prompts)
+        return self._decoder(prefix, 1, 2, 1).prefill
 
     def bound_step(self, batch: int, rows: int) -> Callable[[], None]:
         """A step behind the prefix, again and again at the same place: its work and its bytes are always the same."""
         spec = self._specs[DECODER]
-        sizes = {"B": batch, "S": rows, "R": rows, "C": 64}
+        sizes = {"B": batch, "S": rows, "R": rows, "C": 64, "E": 48}
         binding = self._stages[DECODER].bind()
         for tensor in spec.inputs:
             shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-            is_cache = tensor.name.startswith("past_")
+            is_cache = tensor.name.startswith(KEYS_AND_VALUES)
             dtype = np.int64 if tensor.dtype == "int64" else np.float32
-            binding.input(tensor.name, self._stages[DECODER].cache(shape) if is_cache else np.zeros(shape, dtype))
+            array = self._stages[DECODER].cache(shape) if is_cache else np.zeros(shape, dtype)
+            binding.input(tensor.name, array, tensor.name in CONSTANT)
         binding.input("sums", np.zeros((batch, rows), np.float32))
         shape = (batch, num_continuations(2 * rows, rows, self.config.text.vocab_size))
         for name, dtype in (
@@ -175,21 +163,23 @@ class Ours:
         return np.random.default_rng(batch).standard_normal(shape, dtype=np.float32)
 
     def _decoder(self, prefix: Array, rows: int, new_tokens: int, shortlist: int | None) -> CachedDecoder:
-        prompts = [BEGIN] * len(prefix)
+        prompts, encoded = [BEGIN] * len(prefix), None
+        if isinstance(text := self.config.text, T5Config):
+            encoded = run_encoder(self._stages[ENCODER], prefix, prompts)
+            prefix, prompts = prefix[:, :0], [[text.start_token_id or 0]] * len(prefix)
         stage, spec = self._stages[DECODER], self._specs[DECODER]
-        return CachedDecoder(stage, spec, prefix, prompts, rows, new_tokens, None, shortlist)
+        return CachedDecoder(stage, spec, prefix, prompts, rows, new_tokens, encoded, shortlist)
 
 
-def _in_float32(module: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
-    """What a module gives with its weights as float32; they are put back afterwards."""
+@contextmanager
+def widened(module: nn.Module) -> Iterator[None]:
+    """For as long as that a module's weights are float32."""
     kept = {name: parameter.data for name, parameter in module.named_parameters()}
-    try:
-        for parameter in module.parameters():
-            parameter.data = parameter.data.float()
-        return run(module)
-    finally:
-        for name, parameter in module.named_parameters():
-            parameter.data = kept[name]
+    for parameter in module.parameters():
+        parameter.data = parameter.data.float()
+    yield
+    for name, parameter in module.named_parameters():
+        parameter.data = kept[name]
 
 
 class Transformers:
@@ -224,7 +214,12 @@ class Transformers:
     @torch.inference_mode()
     def logits(self, pixels: Array) -> Array:
         """Of the first token, [B, V]."""
-        found: Array = self._model(**self._inputs(pixels)).logits[:, -1].float().cpu().numpy()
+        inputs = self._inputs(pixels)
+        text: Any = self._model.config.text_config
+        if text.is_encoder_decoder:
+            start = torch.full((len(pixels), 1), text.decoder_start_token_id, device=self._device)
+            inputs["decoder_input_ids"] = start
+        found: Array = self._model(**inputs).logits[:, -1].float().cpu().numpy()
         return found
 
     def _inputs(self, pixels: Array) -> dict[str, Any]:

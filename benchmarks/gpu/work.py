@@ -5,7 +5,7 @@ from time import perf_counter
 import torch
 
 from blip2rt.model import Blip2Config
-from blip2rt.model.config import OPTConfig
+from blip2rt.model.config import T5Config, TextConfig
 
 SECONDS = 1.0  # that a rate is measured over
 
@@ -21,22 +21,32 @@ def vision_work(config: Blip2Config) -> float:
 
 
 def prefill_work(config: Blip2Config, prompt_tokens: int) -> float:
-    """Floating-point operations of the language model for the prefix of a picture; logits of one row."""
+    """Floating-point operations of the language model for the prefix of a picture: T5's encoder; OPT with one logit."""
     text = config.text
-    assert isinstance(text, OPTConfig)
     rows, width = config.num_query_tokens + prompt_tokens, text.hidden_size
+    if isinstance(text, T5Config):
+        inner = text.num_heads * text.d_kv
+        weights = text.num_layers * (4 * width * inner + _feed_forward(text))
+        cross = text.num_decoder_layers * 2 * width * inner
+        return 2.0 * (rows * (weights + cross) + 2 * text.num_layers * rows**2 * inner)
     return 2.0 * (rows * _block_weights(text) + 2 * text.num_hidden_layers * rows**2 * width + width * text.vocab_size)
 
 
 def decoder_bytes(config: Blip2Config, dtype: torch.dtype) -> float:
     """Bytes of weights that every step of the decoder reads."""
     text = config.text
-    assert isinstance(text, OPTConfig)
     return float(dtype.itemsize * (_block_weights(text) + text.vocab_size * text.hidden_size))
 
 
-def _block_weights(text: OPTConfig) -> int:
+def _block_weights(text: TextConfig) -> int:
+    """Weights of all blocks of the decoder; T5's keys and values of the picture are the encoder's."""
+    if isinstance(text, T5Config):
+        return text.num_decoder_layers * (6 * text.d_model * text.num_heads * text.d_kv + _feed_forward(text))
     return text.num_hidden_layers * (4 * text.hidden_size**2 + 2 * text.hidden_size * text.ffn_dim)
+
+
+def _feed_forward(text: T5Config) -> int:
+    return (3 if text.is_gated_act else 2) * text.d_model * text.d_ff
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
