@@ -59,6 +59,8 @@ def problem(seed: int, rows: int, depth: int, outputs: int, bits: int) -> tuple[
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 700), st.integers(1, 90), st.sampled_from([4, 8]))
 @example(0, 275, 1027, 33, 4)  # more rows than go together
+@example(0, 71, 392, 72, 8)  # many rows through two tiles, five of them left, and a tile
+@example(0, 66, 1024, 70, 4)
 @example(0, 275, 1027, 33, 8)
 @example(0, 1, 128, 16, 4)
 def test_kernel_equals_twin(path: str, seed: int, rows: int, depth: int, outputs: int, bits: int) -> None:

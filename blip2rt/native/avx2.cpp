@@ -141,7 +141,7 @@ struct EightBits {
 std::size_t value_bytes(int bits) { return bits == 4 ? sizeof(FourBits::Value) : sizeof(EightBits::Value); }
 
 void round_row(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
-    (weight.bits == 4 ? round_row_to<FourBits::Value> : round_row_to<EightBits::Value>)(weight, x, row, into);
+    (weight.bits == 4 ? round_row_to<FourBits> : round_row_to<EightBits>)(weight, x, row, into);
 }
 
 void multiply(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y) {

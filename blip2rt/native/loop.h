@@ -24,8 +24,9 @@ inline float round_half_even(float x) {
     return (x + kShift) - kShift;
 }
 
-template <typename Value>
+template <typename Arithmetic>
 void round_row_to(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
+    using Value = typename Arithmetic::Value;
     const std::size_t groups = weight.groups();
     for (std::size_t g = 0; g < groups; ++g) {
         const std::size_t count = g + 1 < groups ? kGroup : weight.depth - g * kGroup;
@@ -58,7 +59,7 @@ void round_row_to(const Weight& weight, const float* x, std::size_t row, const R
             std::memset(to + count, 0, (kGroup - count) * sizeof(Value));
         }
         into.scales[g * into.rows + row] = scale;
-        into.sums[g * into.rows + row] = sum;
+        into.zeros[g * into.rows + row] = -Arithmetic::zero_point(weight.bits) * sum;
     }
 }
 
@@ -91,11 +92,11 @@ void multiply_tiles(const Weight& weight, const Rounded& x, std::size_t first_ti
                     for (std::size_t r = 0; r < rows; ++r) {
                         const std::size_t i = g * x.rows + row + r;
                         const float scale = x.scales[i];
-                        const std::int32_t zero = Arithmetic::zero_point(weight.bits) * x.sums[i];
+                        const std::int32_t zero = x.zeros[i];
                         float* sum = sums[tile - from][row + r];
                         if (g == 0) std::memset(sum, 0, kTile * sizeof(float));
                         for (std::size_t n = 0; n < kTile; ++n)
-                            sum[n] = sum[n] + static_cast<float>(dots[r][n] - zero) * (scales[n] * scale);
+                            sum[n] = sum[n] + static_cast<float>(dots[r][n] + zero) * (scales[n] * scale);
                     }
                 }
             }

@@ -42,6 +42,6 @@ std::size_t value_bytes(int) { return sizeof(Portable::Value); }
 
 }  // namespace
 
-const Path portable_path = {"portable", value_bytes, round_row_to<Portable::Value>, multiply_tiles<Portable>, attend};
+const Path portable_path = {"portable", value_bytes, round_row_to<Portable>, multiply_tiles<Portable>, attend};
 
 }  // namespace blip2rt

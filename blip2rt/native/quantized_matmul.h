@@ -37,12 +37,12 @@ struct Weight {
     std::size_t tile_bytes() const { return padded_depth() * kTile * static_cast<std::size_t>(bits) / 8; }
 };
 
-// Rows of x after rounding, group by group: values [G][rows][128], scales and sums [G][rows]. A value takes
-// `Path::value_bytes` bytes.
+// Rows of x after rounding, group by group: values [G][rows][128], scales and zeros [G][rows]. A value takes
+// `Path::value_bytes` bytes; a zero is what takes the zero point of the weights out of a dot.
 struct Rounded {
     void* values;
     float* scales;
-    std::int32_t* sums;
+    std::int32_t* zeros;
     std::size_t rows;
 };
 
