@@ -2,6 +2,7 @@
 
     python benchmarks/full_size.py --directory SCRATCH        (30 GB of disk, 17 GB of memory, ten minutes)
     python benchmarks/full_size.py --directory SCRATCH --precisions fp32 int8 int4      (40 GB, half an hour)
+    python benchmarks/full_size.py --directory SCRATCH --model opt-6.7b --precisions int4           (25 GB of disk)
 
 Every part runs in a process of its own, so that its peak memory (VmHWM) is its own. Engines with native kernels are
 also held against the floors of the machine (`ceilings.py`), run in batches, and under a limit of the address space. The
@@ -46,6 +47,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "image_token": 50265,
         "prompt": [2, 102, 1345, 9],  # BOS and three words
     },
+    "opt-6.7b": {
+        "text": {
+            "model_type": "opt",
+            "hidden_size": 4096,
+            "word_embed_proj_dim": 4096,
+            "ffn_dim": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "eos_token_id": 50118,
+        },
+        "image_token": 50265,
+        "prompt": [2, 102, 1345, 9],
+        "peers": ("bf16",),  # 31 GB in fp32
+    },
     "flan-t5-xl": {
         "text": {
             "model_type": "t5",
@@ -84,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments.directory.mkdir(parents=True, exist_ok=True)
     made = run_part("make", "bf16", arguments)
-    theirs = {precision: run_part("transformers", precision, arguments) for precision in ("fp32", "bf16")}
-    tokens, score = theirs["fp32"]["token_ids"], theirs["fp32"]["score"]
+    peers = MODELS[arguments.model].get("peers", ("fp32", "bf16"))
+    theirs = {precision: run_part("transformers", precision, arguments) for precision in peers}
+    tokens, score = theirs[peers[0]]["token_ids"], theirs[peers[0]]["score"]
     engines = {}
     for precision in arguments.precisions:
         built = run_part("export", precision, arguments)
@@ -96,8 +112,7 @@ def main(argv: list[str] | None = None) -> int:
             "caption": ours,
             "tokens_as_transformers": sum(a == b for a, b in zip(ours["token_ids"], tokens, strict=True)),
             "score_difference": abs(ours["score"] - score),
-            "transformers_fp32_over_ours": theirs["fp32"]["seconds"] / ours["seconds"],
-            "transformers_bf16_over_ours": theirs["bf16"]["seconds"] / ours["seconds"],
+            **{f"transformers_{peer}_over_ours": found["seconds"] / ours["seconds"] for peer, found in theirs.items()},
         }
         if floors:
             engines[precision] |= {"floors": floors, "over_floor": over_floors(ours, floors)}
