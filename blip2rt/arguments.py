@@ -41,7 +41,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-layers", type=int, metavar="N", help="use the first N blocks of the image encoder")
 
 
-def add_export(parser: argparse.ArgumentParser, precision: str = "fp32") -> None:
+def add_export(parser: argparse.ArgumentParser, precision: str | None = None) -> None:
     """Those of `blip2rt export`."""
     parser.add_argument(
         "--model", help="a transformers directory or hub id, a LAVIS or mmpretrain .pth (default: the bundled model)"
@@ -52,7 +52,8 @@ def add_export(parser: argparse.ArgumentParser, precision: str = "fp32") -> None
     parser.add_argument(
         "--precision",
         default=precision,
-        help="fp32; int8 or int4 on the CPU and torch, bf16 or fp16 on GPUs, fp8 on torch (default: %(default)s)",
+        help="fp32; int8 or int4 on the CPU and torch, bf16 or fp16 on GPUs, fp8 on torch (default: "
+        f"{precision or 'fp32 on the CPU, bf16 on a GPU'})",
     )
     parser.add_argument(
         "--device",

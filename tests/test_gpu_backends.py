@@ -83,7 +83,7 @@ def assert_same(cpu: Pipeline, other: Pipeline) -> None:
 
 def test_cuda_says_what_the_cpu_says(checkpoint: Path, tmp_path: Path, device: HostDevice) -> None:
     export_engine(checkpoint, tmp_path / "cpu")
-    export_engine(checkpoint, tmp_path / "cuda", device="cuda")
+    export_engine(checkpoint, tmp_path / "cuda", device="cuda", precision="fp32")
     assert_same(Pipeline(tmp_path / "cpu"), Pipeline(tmp_path / "cuda"))
 
 
@@ -96,7 +96,7 @@ def test_a_step_sends_what_changes(checkpoint: Path, tmp_path: Path, device: Hos
         sent.append(array.shape)
         original(address, array)
 
-    export_engine(checkpoint, tmp_path / "cuda", device="cuda")
+    export_engine(checkpoint, tmp_path / "cuda", device="cuda", precision="fp32")
     pipe, counts = Pipeline(tmp_path / "cuda"), []
     device.to_device = spy  # type: ignore[method-assign]
     for tokens in (4, 12):
@@ -266,7 +266,7 @@ def test_beyond_the_plan(tiny_checkpoint: Path, tmp_path: Path, device: HostDevi
 
 def test_without_a_gpu(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence each: no driver, no provider, two ONNX Runtimes, no bindings, no TensorRT."""
-    engine = export_engine(tiny_checkpoint, tmp_path / "cuda", device="cuda")
+    engine = export_engine(tiny_checkpoint, tmp_path / "cuda", device="cuda", precision="fp32")
     with pytest.raises(EngineError, match="has none: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"):
         Pipeline(engine)
     monkeypatch.setattr(ort_cuda, "_is_installed", lambda name: True)

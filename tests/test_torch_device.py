@@ -177,7 +177,7 @@ def test_retrieval(tiny_retrieval_checkpoint: Path, tmp_path: Path) -> None:
 
 def test_caches_are_written_in_place(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A step writes its rows where they belong and leaves everything else as it is, like the functional reference."""
-    engine = export_engine(tiny_checkpoint, tmp_path / "torch", device="torch")
+    engine = export_engine(tiny_checkpoint, tmp_path / "torch", device="torch", precision="fp32")
     manifest = Manifest.read(engine)
     stage = open_stages(engine, manifest, 1)["decoder"]
     assert isinstance(stage, Stage)
@@ -255,6 +255,7 @@ def test_wrong_combinations(
 def test_a_gpu_for_each_process(tiny_checkpoint: Path, tiny_engine: Path, tmp_path: Path) -> None:
     """What Ray is asked for: none for an engine of the CPU, and none where none is."""
     engine = export_engine(tiny_checkpoint, tmp_path / "torch", device="torch")
+    assert Manifest.read(engine).precision == "bf16"  # what GPUs are for, where nothing is said
     assert [gpus_needed(engine, None, available) for available in (0, 0.5, 1, 8)] == [0, 0, 1, 1]
     assert gpus_needed(tiny_engine, None, 8) == 0
 

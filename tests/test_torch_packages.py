@@ -22,8 +22,8 @@ OPTIONS: dict[str, Any] = {"num_beams": 3, "num_return_sequences": 3, "max_new_t
 @pytest.fixture(scope="module")
 def compiled(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("compiled") / "engine"
-    arguments = ["export", "--model", tiny_checkpoint, "--device", "torch", "--compile", "--output", output]
-    assert main([str(argument) for argument in arguments]) == 0
+    arguments = ["export", "--model", tiny_checkpoint, "--device", "torch", "--precision", "fp32", "--compile"]
+    assert main([str(argument) for argument in [*arguments, "--output", output]]) == 0
     return output
 
 
@@ -43,7 +43,9 @@ def test_it_says_what_the_cpu_says(compiled: Path, tiny_engine: Path, tiny_check
 
 def test_retrieval(tiny_retrieval_checkpoint: Path, tiny_retrieval_engine: Path, tmp_path: Path) -> None:
     """What reads texts stays a module."""
-    engine = export_engine(tiny_retrieval_checkpoint, tmp_path / "engine", device="torch", compiled=True)
+    engine = export_engine(
+        tiny_retrieval_checkpoint, tmp_path / "engine", device="torch", precision="fp32", compiled=True
+    )
     assert {path.name for path in engine.glob("*.pt2")} == {"vision.pt2", "qformer.pt2"}
     left, right = (Pipeline(path).match(IMAGES, ["w1 w2", "w3"]) for path in (tiny_retrieval_engine, engine))
     assert np.allclose(left.itc, right.itc, atol=1e-5)
@@ -91,5 +93,5 @@ def test_what_cannot_be_compiled(
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda *_, **__: None)
     monkeypatch.setattr(packages, "open_package", wrong)
     with pytest.raises(ExportError, match=r"compiled stage 'vision' is 1.0e-02 away from its module"):
-        export_engine(tiny_checkpoint, output, device="torch", compiled=True)
+        export_engine(tiny_checkpoint, output, device="torch", precision="fp32", compiled=True)
     assert list(tmp_path.iterdir()) == []

@@ -69,7 +69,7 @@ def export_engine(
     model: str | Path | CheckpointSource,
     output: str | Path | None = None,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str = "cpu",
     tokenizer: str | Path | None = None,
     text_tokenizer: str | Path | None = None,
@@ -89,7 +89,7 @@ def export_engine(
         output: the engine directory; None: `engines/<model>-<precision>-<device>`.
         precision: "fp32"; on the CPU "int8", all linear layers, or "int4", those of the language model, the others
             int8; on GPUs "bf16" or "fp16"; on torch also "fp8", "int8" and "int4", the decoder's linear layers, the
-            rest bf16.
+            rest bf16. None: fp32 on the CPU, bf16 on a GPU.
         device: "cpu"; or on a GPU "torch", the reference's own modules, "cuda", ONNX Runtime's provider, or "tensorrt",
             which must be there to build.
         tokenizer: directory of the language model's tokenizer; None: the model's own, or that of `llm`.
@@ -112,6 +112,7 @@ def export_engine(
     """
     if device not in PRECISIONS:
         raise InputError(f"device {device!r} is not one of {', '.join(PRECISIONS)}")
+    precision = precision or ("fp32" if device == CPU else "bf16")
     if precision in ("fp16", "bf16") and device == CPU:
         raise InputError(f"the CPU has no {precision} kernels: use int8 and int4, which are fast there, or fp32")
     if precision not in PRECISIONS[device]:
