@@ -19,7 +19,6 @@ from .cli_export import add_export_commands
 from .cli_output import write_line
 from .cli_retrieval import add_retrieval_commands
 from .errors import Blip2rtError, ImageError, InputError, extra
-from .inputs import BATCH_SIZE
 from .options import GenerationOptions, resolve_options
 from .pipeline import ANSWER_DEFAULTS, CAPTION_DEFAULTS, GENERATE_DEFAULTS, Pipeline
 from .progress import progress
@@ -189,10 +188,10 @@ def _write_results(
     options = _options(arguments)
     resolve_options(defaults, options, {})  # a wrong call is refused before a picture is looked at
     pipe = Pipeline(arguments.engine, name=arguments.name, threads=arguments.threads)
-    status = 0
-    starts = range(0, len(arguments.images), BATCH_SIZE)
-    for start in progress(starts, "images", total=len(arguments.images), step=BATCH_SIZE):
-        paths = arguments.images[start : start + BATCH_SIZE]
+    status, size = 0, pipe.generative_engine.batch_size
+    starts = range(0, len(arguments.images), size)
+    for start in progress(starts, "images", total=len(arguments.images), step=size):
+        paths = arguments.images[start : start + size]
         prepared = [_preprocess(pipe, path) for path in paths]
         readable = [pixels for pixels in prepared if not isinstance(pixels, ImageError)]
         if getattr(arguments, "rerank", None):  # pixel values are one engine's, and two look at the picture

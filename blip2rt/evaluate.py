@@ -20,7 +20,6 @@ from .errors import InputError
 from .evaluate_retrieval import evaluate_retrieval
 from .evaluate_scores import Scores, as_scored, score, submission
 from .evaluation.captions import not_scorable
-from .inputs import BATCH_SIZE
 from .pipeline import Pipeline
 from .presets import CAPTION, RETRIEVE, VQA, Preset
 from .progress import Progress
@@ -150,8 +149,9 @@ def _predict(
     bar = Progress(preset.name, len(items))
     bar.advance(len(items) - len(left))
     with path.open("a", encoding="utf-8") as stream:
-        for start in range(0, len(left), BATCH_SIZE):
-            batch = left[start : start + BATCH_SIZE]
+        size = pipe.generative_engine.batch_size
+        for start in range(0, len(left), size):
+            batch = left[start : start + size]
             prompts = [_prompt(preset, pipe, item) for item in batch]
             ask = pipe.answer if preset.reads_questions else pipe.generate
             results = ask([item.path for item in batch], prompts, options=preset.options)

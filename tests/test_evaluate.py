@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on(
 ) -> None:
     """Interrupted five times, once in the middle of a line: same table, same submission, nothing asked twice."""
     preset = replace(find_preset("paper-vqav2-opt-2.7b"), options=SHORT)
-    monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
+    monkeypatch.setattr(tiny_pipeline.generative_engine, "batch_size", 4)
     expected = run(preset, tiny_pipeline, vqa, tmp_path / "straight")
     generate, asked = tiny_pipeline.generate, list[str]()
 
