@@ -33,32 +33,16 @@ RESULTS = Path(__file__).parent / "results"
 NEW_TOKENS, BEAMS, RUNS = 20, 5, 3
 BATCHES = (8, 32)
 ADDRESS_SPACE = 6 * 2**30  # bytes in which an int4 engine has to run
+OPT = {"model_type": "opt", "num_hidden_layers": 32, "num_attention_heads": 32, "eos_token_id": 50118}
+OPT_PROMPT = {"image_token": 50265, "prompt": [2, 102, 1345, 9]}  # BOS and three words
 MODELS: dict[str, dict[str, Any]] = {
     "opt-2.7b": {
-        "text": {
-            "model_type": "opt",
-            "hidden_size": 2560,
-            "word_embed_proj_dim": 2560,
-            "ffn_dim": 10240,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "eos_token_id": 50118,
-        },
-        "image_token": 50265,
-        "prompt": [2, 102, 1345, 9],  # BOS and three words
+        "text": {**OPT, "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240},
+        **OPT_PROMPT,
     },
     "opt-6.7b": {
-        "text": {
-            "model_type": "opt",
-            "hidden_size": 4096,
-            "word_embed_proj_dim": 4096,
-            "ffn_dim": 16384,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "eos_token_id": 50118,
-        },
-        "image_token": 50265,
-        "prompt": [2, 102, 1345, 9],
+        "text": {**OPT, "hidden_size": 4096, "word_embed_proj_dim": 4096, "ffn_dim": 16384},
+        **OPT_PROMPT,
         "peers": ("bf16",),  # 31 GB in fp32
     },
     "flan-t5-xl": {

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,6 +101,7 @@ class Recorder:
     """Stands in for the pipeline and remembers the call."""
 
     calls: list[tuple[Any, ...]]
+    generative_engine = SimpleNamespace(batch_size=8)
 
     def __init__(self, *arguments: Any, **keywords: Any):
         type(self).calls = [(arguments, keywords)]
