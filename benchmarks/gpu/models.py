@@ -85,14 +85,16 @@ class Ours:
         """For as long as that the decoder's linear layers have fewer bits."""
         blocks, kind = self._model.decoder.blocks, LAYERS[precision]
         replaced = {name: layer for name, layer in blocks.named_modules() if kind.takes(layer)}
-        for name, layer in replaced.items():
-            rounded = kind(layer)
-            for part, value in round_linear(layer.weight.float(), precision).items():
-                rounded.get_parameter(part).copy_(value)
-            blocks.set_submodule(name, rounded)
-        yield
-        for name, layer in replaced.items():
-            blocks.set_submodule(name, layer)
+        try:
+            for name, layer in replaced.items():
+                rounded = kind(layer)
+                for part, value in round_linear(layer.weight.float(), precision).items():
+                    rounded.get_parameter(part).copy_(value)
+                blocks.set_submodule(name, rounded)
+            yield
+        finally:
+            for name, layer in replaced.items():
+                blocks.set_submodule(name, layer)
 
     def pixels(self, batch: int) -> Array:
         """Random pixel values [B, 3, S, S]."""
@@ -175,11 +177,13 @@ class Ours:
 def widened(module: nn.Module) -> Iterator[None]:
     """For as long as that a module's weights are float32."""
     kept = {name: parameter.data for name, parameter in module.named_parameters()}
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float()
-    yield
-    for name, parameter in module.named_parameters():
-        parameter.data = kept[name]
+    try:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for name, parameter in module.named_parameters():
+            parameter.data = kept[name]
 
 
 class Transformers:
