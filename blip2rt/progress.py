@@ -16,10 +16,11 @@ class Progress:
         label: what is counted.
         total: how many there are, None: unknown; it may be changed on the way.
         log_seconds: where stderr is no terminal, write a line as often as this; None: never.
+        done: so many were done before, by a run that this one goes on with; they count for the bar, not for the speed.
     """
 
-    def __init__(self, label: str, total: int | None, log_seconds: float | None = None):
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int | None, log_seconds: float | None = None, done: int = 0):
+        self.label, self.total, self.done, self._before = label, total, done, done
         self._visible = sys.stderr.isatty()
         self._interval = 0.1 if self._visible else log_seconds
         self._start = self._drawn = monotonic()
@@ -45,7 +46,7 @@ class Progress:
         return self._visible and self.done == self.total
 
     def _text(self, elapsed: float) -> str:
-        rate = self.done / max(elapsed, 1e-9)
+        rate = (self.done - self._before) / max(elapsed, 1e-9)
         speed = f"{rate:.1f}/s" if rate >= 1 or not rate else f"{1 / rate:.1f} s each"
         if self.total is None:
             return f"{self.label} {self.done}  {speed}"

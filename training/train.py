@@ -89,8 +89,8 @@ def train(recipe: Recipe, on_cpu: bool = False, may_change: bool = False) -> Non
         SummaryWriter(folder.path / "tensorboard", purge_step=state["step"]) if accelerator.is_main_process else None
     )
 
-    bar = Progress(recipe.stage, run.steps, log_seconds=30 if accelerator.is_main_process else None)
-    bar.advance(state["step"])
+    log_seconds = 30 if accelerator.is_main_process else None
+    bar = Progress(recipe.stage, run.steps, log_seconds, done=state["step"])
     start = perf_counter()
     for step in range(state["step"] + 1, run.steps + 1):
         rate = learning_rate(step - 1, run.steps, rates)

@@ -70,8 +70,7 @@ class FeatureCache:
         try:
             mode = "r+" if start else "w+"
             values = np.lib.format.open_memmap(self._path, mode, np.float16, self._shape)
-            bar = Progress("features", total, log_seconds=30)
-            bar.advance(start)
+            bar = Progress("features", total, log_seconds=30, done=start)
             for first in range(start, total, BATCH):
                 rows = range(first, min(first + BATCH, total))
                 values[rows.start : rows.stop] = self._batch(rows, encode, size, mean, std)
