@@ -11,7 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitized"
-TESTS = ("tests/test_native.py", "tests/test_gallery.py::test_the_native_pass_equals_its_twin")
+TESTS = (
+    "tests/test_native.py",
+    "tests/test_quantized_attention.py",
+    "tests/test_gallery.py::test_the_native_pass_equals_its_twin",
+)
 SANITIZED = f"import sys, blip2rt; blip2rt.__path__.insert(0, {str(BUILD)!r}); sys.path.insert(0, 'tests')\n"
 RUN_TESTS = SANITIZED + "import pytest; sys.exit(pytest.main(sys.argv[1:]))"
 READ_BEYOND = """
@@ -22,6 +26,7 @@ kernel("portable", x, packed[:-1].copy(), scales, bias, bits)
 UNDER_VALGRIND = """
 import sys; sys.path.insert(0, "tests")
 import numpy as np
+import test_quantized_attention as quantized
 from test_native import attention_kernel, attention_problem, kernel, problem, twin
 for path in ("avx2", "portable"):
     for rows, depth, outputs, bits in ((1, 128, 16, 4), (9, 300, 40, 8), (37, 257, 33, 4)):
@@ -30,6 +35,8 @@ for path in ("avx2", "portable"):
     for rows, width, capacity in ((1, 16, 1), (5, 20, 30), (19, 7, 40)):
         inputs = attention_problem(rows, 2, rows, 3, width, capacity, 1)
         np.testing.assert_array_equal(attention_kernel(path, inputs, 0.5)[0], twin.cached_attention(0.5, *inputs)[0])
+        qkv = quantized.problem(rows, 2, rows, 3, width)
+        np.testing.assert_array_equal(quantized.kernel(path, 0.5, 3, qkv), twin.quantized_attention(0.5, 3, qkv))
 """
 
 

@@ -54,7 +54,7 @@ def test_equals_the_graph_it_was_made_of(text: OPTConfig | T5Config) -> None:
     model, spec, inputs = decoder(text)
     expected = session_of(model).run(None, inputs)
     before = [node.op_type for node in model.graph]
-    fuse_attention(model.graph)
+    fuse_attention(model.graph, in_8_bits=False)
     after = [node.op_type for node in model.graph]
     blocks = text.num_decoder_layers if isinstance(text, T5Config) else text.num_hidden_layers
     assert after.count("CachedAttention") == before.count("TensorScatter") // 2 == blocks

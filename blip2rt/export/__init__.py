@@ -38,7 +38,7 @@ from ..model.weight_files import read_json
 from ..native import library_path
 from ..preprocess import ImageSource, preprocess
 from ..progress import Progress
-from ..stages import DECODER, StageSpec
+from ..stages import DECODER, VISION, StageSpec
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, check_calibration
 from .fuse_attention import fuse_attention
@@ -262,7 +262,7 @@ def _write_graphs(
         else:
             weights, spec = lower_for_gpu(graph, stage, spec, precision, weights, capacity)
         if kernels == "native":
-            fuse_attention(graph.graph)
+            fuse_attention(graph.graph, in_8_bits=stage == VISION)
         written_specs[stage] = spec
         path, read = directory / f"{stage}.onnx", partial(_read, checkpoint, stage)
         write_stage(graph, weights, read, path, written, partial(_stored_name, stage), bar.advance)

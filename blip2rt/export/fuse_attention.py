@@ -1,8 +1,9 @@
-"""ONNX -> ONNX: attention over a cache becomes one operator of our own (`native/cached_attention.h`).
+"""ONNX -> ONNX: attention becomes operators of our own (`native/cached_attention.h`, `native/quantized_attention.h`).
 
-A graph from torch splits the rows into queries, keys and values, turns each around, scatters two of them into the
-caches, attends over their whole capacity and turns the result back: eleven operators, whose cost is that of the
-capacity. The operator takes the rows as the linear layer gives them and reads only the cached rows that somebody sees.
+A graph from torch splits the rows into queries, keys and values, turns each around, attends and turns the result back.
+The operators take the rows as the linear layer gives them. Over a cache, torch's graph also scatters the new keys
+and values into it and attends over its whole capacity; the operator reads only the cached rows that somebody sees.
+Where all rows see each other, as in the image encoder, the products can be in 8 bits.
 """
 
 import onnx_ir as ir
@@ -11,39 +12,63 @@ from .lower import replace_node
 from .quantize import NATIVE_DOMAIN
 
 
-def fuse_attention(graph: ir.Graph) -> None:
-    """Rewrite every attention over a cache, in place; others stay as they are."""
+def fuse_attention(graph: ir.Graph, in_8_bits: bool) -> None:
+    """Rewrite every attention over a cache in place, and with `in_8_bits` those without cache and mask; others stay."""
     for attention in [node for node in graph if node.op_type == "Attention"]:
-        scatters = [_producer(value, "TensorScatter") for value in attention.inputs[1:3]]
         turned = _only_use(attention, "Transpose")
         joined = _only_use(turned, "Reshape") if turned is not None else None
-        key, value = scatters
-        if key is None or value is None or turned is None or joined is None:
+        if turned is None or joined is None:
             continue
-        rows = [_rows_of(head) for head in (attention.inputs[0], key.inputs[1], value.inputs[1])]
-        split = rows[0].producer() if rows[0] is not None else None
-        if split is None or split.op_type != "Split" or list(split.outputs) != rows:
+        scatters = [s for value in attention.inputs[1:3] if (s := _producer(value, "TensorScatter")) is not None]
+        new = [scatter.inputs[1] for scatter in scatters] or attention.inputs[1:3]
+        rows = _split_rows([attention.inputs[0], *new])
+        if rows is None:
             continue
-        mask, scale = attention.inputs[3], attention.attributes.get("scale")
-        heads = attention.inputs[0]
-        assert heads is not None
-        assert heads.shape is not None
-        width = heads.shape[-1]
-        assert isinstance(width, int)
-        fused = ir.node(
-            "CachedAttention",
-            [split.inputs[0], key.inputs[0], value.inputs[0], mask, key.inputs[2]],
-            attributes={"scale": scale.as_float() if scale else width**-0.5},
-            num_outputs=3,
-            domain=NATIVE_DOMAIN,
-        )
-        for scatter, cache in ((key, fused.outputs[1]), (value, fused.outputs[2])):
-            present = scatter.outputs[0]
-            cache.name, cache.shape, cache.type = present.name, present.shape, present.type
-            ir.convenience.replace_all_uses_with(present, cache, replace_graph_outputs=True)
+        attributes = {"scale": _scale(attention)}
+        if len(scatters) == 2:
+            key, value = scatters
+            inputs = [rows, key.inputs[0], value.inputs[0], attention.inputs[3], key.inputs[2]]
+            fused = ir.node("CachedAttention", inputs, attributes=attributes, num_outputs=3, domain=NATIVE_DOMAIN)
+            for scatter, cache in ((key, fused.outputs[1]), (value, fused.outputs[2])):
+                present = scatter.outputs[0]
+                cache.name, cache.shape, cache.type = present.name, present.shape, present.type
+                ir.convenience.replace_all_uses_with(present, cache, replace_graph_outputs=True)
+        elif in_8_bits and not scatters and _sees_everything(attention):
+            attributes |= {"heads": _heads_and_width(attention)[0]}
+            fused = ir.node("QuantizedAttention", [rows], attributes=attributes, domain=NATIVE_DOMAIN)
+        else:
+            continue
         replace_node(graph, joined, [fused])
         graph.opset_imports[NATIVE_DOMAIN] = 1
-        _remove_unused(graph, [turned, key, value])
+        _remove_unused(graph, [turned, *scatters])
+
+
+def _scale(attention: ir.Node) -> float:
+    scale = attention.attributes.get("scale")
+    return scale.as_float() if scale else _heads_and_width(attention)[1] ** -0.5
+
+
+def _heads_and_width(attention: ir.Node) -> tuple[int, int]:
+    heads = attention.inputs[0]
+    assert heads is not None
+    assert heads.shape is not None
+    _, number, _, width = heads.shape
+    assert isinstance(number, int)
+    assert isinstance(width, int)
+    return number, width
+
+
+def _sees_everything(attention: ir.Node) -> bool:
+    """Neither a mask nor an order of the rows nor a cap on the scores."""
+    options = [attention.attributes.get(name) for name in ("is_causal", "softcap")]
+    return len([v for v in attention.inputs if v is not None]) == 3 and not any(o and o.value for o in options)
+
+
+def _split_rows(heads: list[ir.Value | None]) -> ir.Value | None:
+    """The rows [B, S, 3*H*d] that queries, keys and values [B, H, S, d] were split from, in this order."""
+    rows = [_rows_of(head) for head in heads]
+    split = rows[0].producer() if rows[0] is not None else None
+    return split.inputs[0] if split is not None and split.op_type == "Split" and list(split.outputs) == rows else None
 
 
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:

@@ -2,18 +2,17 @@
 // namespace; the vectors are GCC's and Clang's, eight new rows or eight values of d beside each other.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 #include <limits>
-#include <vector>
 
+#include "buffer.h"
+#include "exponential.h"
 #include "path.h"
 
 namespace blip2rt {
 namespace {
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef std::int32_t Integers __attribute__((vector_size(4 * kLanes)));
 
 inline Floats load(const float* from) {
     Floats floats;
@@ -27,24 +26,6 @@ inline Floats load_some(const float* from, std::size_t count) {
     return floats;
 }
 
-// e^x for x <= 0, to 2 units in the last place; 0 below -87.
-inline Floats exponential(Floats x) {
-    constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, half to even
-    const Floats power = (x * 1.44269504f + kShift) - kShift;
-    const Floats rest = (x - power * 0.693359375f) - power * -2.12194440e-4f;
-    Floats series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    series = series * rest + 8.3334519073e-3f;
-    series = series * rest + 4.1665795894e-2f;
-    series = series * rest + 1.6666665459e-1f;
-    series = series * rest + 5.0000001201e-1f;
-    series = (series * (rest * rest) + rest) + 1.0f;
-    const Integers is_tiny = x < -87.0f;
-    const Integers exponent = (__builtin_convertvector(is_tiny ? Floats{} : power, Integers) + 127) << 23;
-    Floats scale;
-    std::memcpy(&scale, &exponent, sizeof scale);
-    return is_tiny ? Floats{} : series * scale;
-}
-
 // Asks for `count` floats that are needed soon: rows of a cache come from memory, too few in a line for the processor to
 // see where this leads.
 inline void fetch(const float* from, std::size_t count) {
@@ -53,14 +34,14 @@ inline void fetch(const float* from, std::size_t count) {
 
 // The buffers of one thread.
 struct Scratch {
-    std::vector<float> queries;        // [d][kLanes]
-    std::vector<float> scores;         // [seen][kLanes]
-    std::vector<std::size_t> columns;  // cached rows that are seen, in their order
+    Buffer<float> queries;        // [d][kLanes]
+    Buffer<float> scores;         // [C][kLanes]
+    Buffer<std::size_t> columns;  // cached rows that are seen, in their order
 };
 
 // Rows first.. of one head; lanes beyond the last row compute the first one again.
 void attend_rows(const CachedAttention& a, std::size_t image, std::size_t head, std::size_t first, Scratch& scratch) {
-    const std::size_t count = std::min(kLanes, a.rows - first), width = a.width, token = 3 * a.heads * width;
+    const std::size_t count = a.rows - first < kLanes ? a.rows - first : kLanes, width = a.width, token = 3 * a.heads * width;
     const float* queries[kLanes];
     const float* masks[kLanes];
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
@@ -69,23 +50,24 @@ void attend_rows(const CachedAttention& a, std::size_t image, std::size_t head, 
         queries[lane] = a.qkv + (image * a.rows + row) * token + head * width;
         masks[lane] = a.mask + (mask_head * a.rows + row) * a.capacity;
     }
-    scratch.queries.resize(width * kLanes);
+    scratch.queries.reserve(width * kLanes);
+    scratch.scores.reserve(a.capacity * kLanes);
+    scratch.columns.reserve(a.capacity);
     for (std::size_t k = 0; k < width; ++k)
         for (std::size_t lane = 0; lane < kLanes; ++lane) scratch.queries[k * kLanes + lane] = queries[lane][k];
-    scratch.columns.clear();
+    std::size_t seen = 0;
     for (std::size_t c = 0; c < a.capacity; ++c) {
         bool is_seen = false;
         for (std::size_t lane = 0; lane < count; ++lane) is_seen |= masks[lane][c] > kHidden;
-        if (is_seen) scratch.columns.push_back(c);
+        if (is_seen) scratch.columns[seen++] = c;
     }
-    const std::size_t seen = scratch.columns.size(), base = (image * a.heads + head) * a.capacity;
+    const std::size_t base = (image * a.heads + head) * a.capacity;
     float* joined = a.joined + (image * a.rows + first) * a.heads * width + head * width;
     if (!seen) {
         for (std::size_t lane = 0; lane < count; ++lane)
             std::memset(joined + lane * a.heads * width, 0, width * sizeof(float));
         return;
     }
-    scratch.scores.resize(seen * kLanes);
 
     // scores, and the largest of every lane
     Floats largest = Floats{} - std::numeric_limits<float>::infinity();
@@ -93,7 +75,7 @@ void attend_rows(const CachedAttention& a, std::size_t image, std::size_t head, 
     for (std::size_t j = 0; j < seen; j += kAtOnce) {
         const float* keys[kAtOnce];
         for (std::size_t i = 0; i < kAtOnce; ++i)
-            keys[i] = a.keys + (base + scratch.columns[std::min(j + i, seen - 1)]) * width;
+            keys[i] = a.keys + (base + scratch.columns[j + i < seen ? j + i : seen - 1]) * width;
         for (const float* key : keys) fetch(a.values + (key - a.keys), width);
         Floats dots[kAtOnce] = {};
         for (std::size_t k = 0; k < width; ++k) {

@@ -6,6 +6,7 @@
 #include <immintrin.h>
 
 #include "attend.h"
+#include "attend_quantized.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -138,6 +139,52 @@ struct EightBits {
     }
 };
 
+// `rows` rows from `row` on, by columns of 16 bits: vpmaddwd leaves two sums for each of the 16.
+template <std::size_t rows>
+void multiply_tile_rows(const std::int16_t* columns, const Quads& x, std::size_t row, std::int32_t* into) {
+    const std::int8_t* values = x.values + row * 4;
+    __m256i sums[rows][4];
+#pragma GCC unroll 3
+    for (std::size_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+        for (__m256i& sum : sums[r]) sum = _mm256_setzero_si256();
+    for (std::size_t q = 0; q < x.quads; ++q, values += x.rows * 4, columns += kTile * 4) {
+        __m256i value[rows];
+#pragma GCC unroll 3
+        for (std::size_t r = 0; r < rows; ++r) {
+            std::int32_t four_values;
+            std::memcpy(&four_values, values + 4 * r, sizeof four_values);
+            value[r] = _mm256_broadcastq_epi64(_mm_cvtepi8_epi16(_mm_cvtsi32_si128(four_values)));
+        }
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+            const __m256i four_columns = load(columns + i * kTile);
+#pragma GCC unroll 3
+            for (std::size_t r = 0; r < rows; ++r) add32(sums[r][i], _mm256_madd_epi16(four_columns, value[r]));
+        }
+    }
+#pragma GCC unroll 3
+    for (std::size_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
+        for (std::size_t half = 0; half < 2; ++half) {
+            const __m256i mixed = _mm256_hadd_epi32(sums[r][2 * half], sums[r][2 * half + 1]);
+            store(into + (row + r) * kTile + 8 * half, _mm256_permute4x64_epi64(mixed, _MM_SHUFFLE(3, 1, 2, 0)));
+        }
+    }
+}
+
+void multiply_tile(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::int32_t* into) {
+    static thread_local Buffer<std::int16_t> buffer;
+    const std::size_t count = x.quads * kTile * 4;
+    buffer.reserve(count);
+    std::int16_t* columns = &buffer[0];
+    for (std::size_t i = 0; i < count; ++i) columns[i] = static_cast<std::int16_t>(high ? high[i] << 8 | low[i] : low[i]);
+    constexpr std::size_t kRowsOfColumns = 3;  // 12 sums, 3 values, a column
+    std::size_t row = 0;
+    for (; row + kRowsOfColumns <= x.rows; row += kRowsOfColumns) multiply_tile_rows<kRowsOfColumns>(columns, x, row, into);
+    for (; row < x.rows; ++row) multiply_tile_rows<1>(columns, x, row, into);
+}
+
 std::size_t value_bytes(int bits) { return bits == 4 ? sizeof(FourBits::Value) : sizeof(EightBits::Value); }
 
 void round_row(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
@@ -150,6 +197,6 @@ void multiply(const Weight& weight, const Rounded& x, std::size_t first_tile, st
 
 }  // namespace
 
-const Path avx2_path = {"avx2", value_bytes, round_row, multiply, attend};
+const Path avx2_path = {"avx2", value_bytes, round_row, multiply, attend, attend_quantized<multiply_tile>};
 
 }  // namespace blip2rt

@@ -32,7 +32,8 @@ BLIP2RT_EXPORT ort::Status* RegisterCustomOps(ort::SessionOptions* options, cons
     if (!domain) {
         ort::CustomOpDomain* made = nullptr;
         if (ort::Status* status = api.create_domain("blip2rt", &made)) return status;
-        for (const ort::CustomOp* op : {blip2rt::matmul_operator(), blip2rt::attention_operator()})
+        for (const ort::CustomOp* op :
+             {blip2rt::matmul_operator(), blip2rt::attention_operator(), blip2rt::quantized_attention_operator()})
             if (ort::Status* status = api.add_op(made, op)) return status;
         domain = made;
     }
@@ -74,4 +75,11 @@ BLIP2RT_EXPORT int blip2rt_cached_attention(const char* path_name, const float* 
     const blip2rt::CachedAttention attention = {qkv,  mask,  write_indices, keys,     values,     joined,
                                                 rows, heads, width,         capacity, mask_heads, scale};
     return blip2rt::cached_attention(*path, attention, images, kHere) ? 0 : 2;
+}
+
+BLIP2RT_EXPORT int blip2rt_quantized_attention(const char* path_name, const float* qkv, float* joined, std::size_t images,
+                                               std::size_t rows, std::size_t heads, std::size_t width, float scale) {
+    const Path* path = blip2rt::find_path(path_name);
+    if (!path) return 1;
+    return blip2rt::quantized_attention(*path, {qkv, joined, rows, heads, width, scale}, images, kHere) ? 0 : 2;
 }

@@ -24,42 +24,47 @@ inline float round_half_even(float x) {
     return (x + kShift) - kShift;
 }
 
+constexpr float kZero = 1e-30f;  // a group whose largest magnitude is less counts as zero
+
+// Rounds `count` numbers to 8 bits with one scale, NaN where one of them is no number; returns the sum of what they became.
+template <typename Value>
+std::int32_t round_group(const float* from, std::size_t count, Value* to, float& scale) {
+    std::uint32_t largest_bits = 0;  // of |x|: ordered as the numbers are, NaN above infinity
+    for (std::size_t k = 0; k < count; ++k) {
+        std::uint32_t bits;
+        std::memcpy(&bits, from + k, sizeof bits);
+        bits &= 0x7fffffffu;
+        largest_bits = bits > largest_bits ? bits : largest_bits;
+    }
+    float largest;
+    std::memcpy(&largest, &largest_bits, sizeof largest);
+    const bool is_number = largest_bits < 0x7f800000u;
+    if (!is_number || largest < kZero) {
+        scale = is_number ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        std::memset(to, 0, count * sizeof(Value));
+        return 0;
+    }
+    scale = largest / 127.0f;
+    const float inverse = 127.0f / largest;
+    std::int32_t sum = 0;
+    for (std::size_t k = 0; k < count; ++k) {
+        const std::int32_t value = static_cast<std::int32_t>(round_half_even(from[k] * inverse));
+        to[k] = static_cast<Value>(value);
+        sum += value;
+    }
+    return sum;
+}
+
 template <typename Arithmetic>
 void round_row_to(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
     using Value = typename Arithmetic::Value;
     const std::size_t groups = weight.groups();
     for (std::size_t g = 0; g < groups; ++g) {
-        const std::size_t count = g + 1 < groups ? kGroup : weight.depth - g * kGroup;
-        const float* from = x + g * kGroup;
-        Value* to = static_cast<Value*>(into.values) + (g * into.rows + row) * kGroup;
-        std::uint32_t largest_bits = 0;  // of |x|: ordered as the numbers are, NaN above infinity
-        for (std::size_t k = 0; k < count; ++k) {
-            std::uint32_t bits;
-            std::memcpy(&bits, from + k, sizeof bits);
-            bits &= 0x7fffffffu;
-            largest_bits = bits > largest_bits ? bits : largest_bits;
-        }
-        float largest;
-        std::memcpy(&largest, &largest_bits, sizeof largest);
-        std::int32_t sum = 0;
-        float scale = 0.0f;
-        if (largest_bits >= 0x7f800000u) {
-            scale = std::numeric_limits<float>::quiet_NaN();
-            std::memset(to, 0, kGroup * sizeof(Value));
-        } else if (largest < 1e-30f) {
-            std::memset(to, 0, kGroup * sizeof(Value));
-        } else {
-            scale = largest / 127.0f;
-            const float inverse = 127.0f / largest;
-            for (std::size_t k = 0; k < count; ++k) {
-                const std::int32_t value = static_cast<std::int32_t>(round_half_even(from[k] * inverse));
-                to[k] = static_cast<Value>(value);
-                sum += value;
-            }
-            std::memset(to + count, 0, (kGroup - count) * sizeof(Value));
-        }
-        into.scales[g * into.rows + row] = scale;
-        into.zeros[g * into.rows + row] = -Arithmetic::zero_point(weight.bits) * sum;
+        const std::size_t count = g + 1 < groups ? kGroup : weight.depth - g * kGroup, at = g * into.rows + row;
+        Value* to = static_cast<Value*>(into.values) + at * kGroup;
+        const std::int32_t sum = round_group(x + g * kGroup, count, to, into.scales[at]);
+        std::memset(to + count, 0, (kGroup - count) * sizeof(Value));
+        into.zeros[at] = -Arithmetic::zero_point(weight.bits) * sum;
     }
 }
 

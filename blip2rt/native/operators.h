@@ -13,6 +13,7 @@ namespace blip2rt {
 
 const ort::CustomOp* matmul_operator();
 const ort::CustomOp* attention_operator();
+const ort::CustomOp* quantized_attention_operator();
 
 // The path that BLIP2RT_KERNELS asks for, or the best one; null where this processor cannot run it.
 const Path* chosen_path();

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cached_attention.h"
+#include "quantized_attention.h"
 #include "quantized_matmul.h"
 
 namespace blip2rt {
@@ -16,6 +17,7 @@ struct Path {
     void (*round_row)(const Weight& weight, const float* x, std::size_t row, const Rounded& into);
     void (*multiply)(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y);
     void (*attend)(const CachedAttention& attention, std::size_t image_and_head);
+    void (*attend_quantized)(const QuantizedAttention& attention, std::size_t image_and_head);
 };
 
 extern const Path portable_path;
@@ -33,9 +35,10 @@ struct Threads {
     bool (*run)(void* context, void (*body)(void*, std::size_t), std::size_t count, void* data);
 };
 
-// Both: false where the threads failed. y is [rows, N].
+// All: false where the threads failed. y is [rows, N].
 bool quantized_matmul(const Path& path, const Weight& weight, const float* x, std::size_t rows, float* y,
                       const Threads& threads);
 bool cached_attention(const Path& path, const CachedAttention& attention, std::size_t images, const Threads& threads);
+bool quantized_attention(const Path& path, const QuantizedAttention& attention, std::size_t images, const Threads& threads);
 
 }  // namespace blip2rt

@@ -1,5 +1,6 @@
 // The path of processors without instructions of their own: plain C++, which compilers vectorise as they can.
 #include "attend.h"
+#include "attend_quantized.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -40,8 +41,42 @@ struct Portable {
 
 std::size_t value_bytes(int) { return sizeof(Portable::Value); }
 
+// In floats, which every processor multiplies several at a time, and which hold the integers exactly: 512 products of a
+// byte and a signed one are less than 2^24.
+void add_dots(const float* columns, const Quads& x, std::size_t first, std::size_t last, std::int32_t factor, std::int32_t* dots) {
+    for (std::size_t r = 0; r < x.rows; ++r, dots += kTile) {
+        PartFloats sums[kParts] = {};
+        const float* four_columns = columns + first * kTile * 4;
+        for (std::size_t q = first; q < last; ++q) {
+            const std::int8_t* values = x.values + (q * x.rows + r) * 4;
+            for (std::size_t i = 0; i < 4; ++i, four_columns += kTile) {
+                const float value = values[i];
+                for (std::size_t part = 0; part < kParts; ++part)
+                    sums[part] = sums[part] + load_part(four_columns + part * kPart) * value;
+            }
+        }
+        for (std::size_t n = 0; n < kTile; ++n) dots[n] += static_cast<std::int32_t>(sums[n / kPart][n % kPart]) * factor;
+    }
+}
+
+void multiply_tile(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::int32_t* dots) {
+    constexpr std::size_t kExact = 128;
+    static thread_local Buffer<float> columns;  // [quads][4][16]
+    columns.reserve(x.quads * kTile * 4);
+    std::memset(dots, 0, x.rows * kTile * sizeof *dots);
+    for (const std::uint8_t* bytes : {low, high}) {
+        if (!bytes) continue;
+        for (std::size_t q = 0; q < x.quads; ++q)
+            for (std::size_t n = 0; n < kTile; ++n)
+                for (std::size_t i = 0; i < 4; ++i) columns[(q * 4 + i) * kTile + n] = bytes[(q * kTile + n) * 4 + i];
+        for (std::size_t q = 0; q < x.quads; q += kExact)
+            add_dots(&columns[0], x, q, x.quads - q < kExact ? x.quads : q + kExact, bytes == high ? 256 : 1, dots);
+    }
+}
+
 }  // namespace
 
-const Path portable_path = {"portable", value_bytes, round_row_to<Portable>, multiply_tiles<Portable>, attend};
+const Path portable_path = {"portable", value_bytes, round_row_to<Portable>, multiply_tiles<Portable>,
+                            attend,     attend_quantized<multiply_tile>};
 
 }  // namespace blip2rt

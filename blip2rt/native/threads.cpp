@@ -36,6 +36,20 @@ void multiply(void* data, std::size_t i) {
 
 std::size_t divide_up(std::size_t a, std::size_t b) { return (a + b - 1) / b; }
 
+template <typename Attention>
+bool for_each_head(void (*attend)(const Attention&, std::size_t), const Attention& attention, std::size_t images,
+                   const Threads& threads) {
+    struct Heads {
+        void (*attend)(const Attention&, std::size_t);
+        const Attention* attention;
+    } heads = {attend, &attention};
+    const auto body = [](void* data, std::size_t image_and_head) {
+        const Heads& heads = *static_cast<const Heads*>(data);
+        heads.attend(*heads.attention, image_and_head);
+    };
+    return threads.run(threads.context, body, images * attention.heads, &heads);
+}
+
 }  // namespace
 
 bool quantized_matmul(const Path& path, const Weight& weight, const float* x, std::size_t rows, float* y,
@@ -59,15 +73,11 @@ bool quantized_matmul(const Path& path, const Weight& weight, const float* x, st
 }
 
 bool cached_attention(const Path& path, const CachedAttention& attention, std::size_t images, const Threads& threads) {
-    struct Heads {
-        const Path* path;
-        const CachedAttention* attention;
-    } heads = {&path, &attention};
-    const auto attend = [](void* data, std::size_t image_and_head) {
-        const Heads& heads = *static_cast<const Heads*>(data);
-        heads.path->attend(*heads.attention, image_and_head);
-    };
-    return threads.run(threads.context, attend, images * attention.heads, &heads);
+    return for_each_head(path.attend, attention, images, threads);
+}
+
+bool quantized_attention(const Path& path, const QuantizedAttention& attention, std::size_t images, const Threads& threads) {
+    return for_each_head(path.attend_quantized, attention, images, threads);
 }
 
 }  // namespace blip2rt

@@ -1,7 +1,7 @@
 """What the native kernels compute, in numpy and bit for bit, and how weights are laid out for them.
 
-`quantized_matmul.h` and `cached_attention.h` state the arithmetic and the layout; this is the slow side of the tests
-that they agree.
+`quantized_matmul.h`, `cached_attention.h` and `quantized_attention.h` state the arithmetic and the layout; this is the
+slow side of the tests that they agree.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ Array = np.ndarray[Any, Any]
 
 GROUP, TILE = 128, 16  # values of K that share a scale; outputs that lie together
 LANES, HIDDEN = 8, np.float32(-1e30)  # rows of attention that go together; a mask that hides
+ROWS_OF_SUM = 512  # of attention in 8 bits: more could overflow
 
 
 def pack_weight(values: Array, bits: int) -> Array:
@@ -53,11 +54,16 @@ def round_rows(x: Array) -> tuple[Array, Array]:
     groups = -(-x.shape[1] // GROUP)
     padded = np.zeros((len(x), groups * GROUP), np.float32)
     padded[:, : x.shape[1]] = x
-    padded = padded.reshape(len(x), groups, GROUP)
-    largest = np.abs(padded).max(axis=2)  # [M, G], NaN where there is one
+    values, scales = round_along(padded.reshape(len(x), groups, GROUP), 2)
+    return values, scales[:, :, 0]
+
+
+def round_along(x: Array, axis: int) -> tuple[Array, Array]:
+    """float32 -> values int8, and scales of size 1 along the axis; NaN where there is one or an infinity."""
+    largest = np.abs(x).max(axis=axis, keepdims=True)  # NaN where there is one
     usable = np.isfinite(largest) & (largest >= np.float32(1e-30))
     divisor = np.where(usable, largest, np.float32(1))
-    scaled = np.where(usable[:, :, None], padded, np.float32(0)) * (np.float32(127) / divisor)[:, :, None]
+    scaled = np.where(usable, x, np.float32(0)) * (np.float32(127) / divisor)
     scales = np.where(usable, divisor / np.float32(127), np.where(np.isfinite(largest), 0, np.nan)).astype(np.float32)
     return np.rint(scaled).astype(np.int8), scales
 
@@ -119,15 +125,50 @@ def _attend(query: Array, key: Array, value: Array, mask: Array, scale: np.float
     return joined / total[:, None]
 
 
+def quantized_attention(scale: float, heads: int, qkv: Array) -> Array:
+    """Rows qkv [B, T, 3*H*d] that all attend to each other, in 8 bits: joined heads [B, T, H*d]."""
+    batch, rows = qkv.shape[:2]
+    query, key, value = qkv.reshape(batch, rows, 3, heads, -1).transpose(2, 0, 3, 1, 4)  # [B, H, T, d]
+    joined = np.full(query.shape, np.nan, np.float32)
+    for b, h in np.ndindex(batch, heads):
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = _attend_quantized(query[b, h], key[b, h], value[b, h], np.float32(scale))
+        if found is not None:
+            joined[b, h] = found
+    return joined.transpose(0, 2, 1, 3).reshape(batch, rows, -1)
+
+
+def _attend_quantized(query: Array, key: Array, value: Array, scale: np.float32) -> Array | None:
+    """[T, d] each -> [T, d]; None where a number is none or a score could overflow."""
+    total = np.zeros(key.shape[1], np.float32)
+    for row in key:
+        total += row
+    queries, query_scales = round_along(query, 1)
+    keys, key_scales = round_along(key - total / np.float32(len(key)), 1)
+    values, value_scales = round_along(value, 0)
+    query_scales = query_scales * scale
+    bounds = [np.add.accumulate(scales.ravel())[-1] for scales in (query_scales, key_scales, np.abs(value).max(axis=0))]
+    if not (bounds[0] * bounds[1] * np.float32(127 * 127 * key.shape[1]) < 1e37 and bounds[2] < 1e37):
+        return None
+    dots = (queries.astype(np.int32) @ keys.T.astype(np.int32)).astype(np.float32)
+    scores = dots * (key_scales.T * query_scales)
+    weights = np.rint(exponential(scores - scores.max(axis=1, keepdims=True)) * np.float32(32767)).astype(np.int32)
+    sums = np.zeros(query.shape, np.float32)
+    for first in range(0, len(key), ROWS_OF_SUM):
+        some = slice(first, first + ROWS_OF_SUM)
+        sums += (weights[:, some] @ values[some].astype(np.int32)).astype(np.float32)
+    inverse = np.float32(1) / weights.sum(axis=1, dtype=np.int32, keepdims=True).astype(np.float32)
+    return sums * (value_scales * inverse)
+
+
 def exponential(x: Array) -> Array:
-    """e^x for x <= 0 float32, to 2 units in the last place; 0 below -87."""
+    """e^x for x <= 0 float32, to 2 units in the last place; below -87 as at -87."""
     shift = np.float32(12582912)
-    tiny = x < np.float32(-87)
-    x = np.where(tiny, np.float32(0), x)
+    x = np.where(x < np.float32(-87), np.float32(-87), x)
     power = (x * np.float32(1.44269504) + shift) - shift
     rest = (x - power * np.float32(0.693359375)) - power * np.float32(-2.12194440e-4)
     series = rest * np.float32(1.9875691500e-4) + np.float32(1.3981999507e-3)
     for coefficient in (8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
         series = series * rest + np.float32(coefficient)
     series = (series * (rest * rest) + rest) + np.float32(1)
-    return np.where(tiny, np.float32(0), np.ldexp(series, power.astype(np.int32)))
+    return np.ldexp(series, power.astype(np.int32))

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "attend.h"
+#include "attend_quantized.h"
 #include "loop.h"
 
 namespace blip2rt {
@@ -176,10 +177,53 @@ void multiply(const Weight& weight, const Rounded& x, std::size_t first_tile, st
     (weight.bits == 4 ? multiply_bits<4> : multiply_bits<8>)(weight, x, first_tile, last_tile, y);
 }
 
+// `rows` rows from `row` on, by one tile of bytes, or by two with the upper and lower bytes of the same numbers.
+template <std::size_t rows, bool wide>
+void multiply_tile_rows(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::size_t row, std::int32_t* into) {
+    const std::int8_t* values = x.values + row * 4;
+    __m512i dots[rows], high_dots[rows];
+#pragma GCC unroll 12
+    for (std::size_t r = 0; r < rows; ++r) dots[r] = high_dots[r] = _mm512_setzero_si512();
+    for (std::size_t q = 0; q < x.quads; ++q, values += x.rows * 4) {
+        const __m512i columns = _mm512_loadu_si512(low + q * kTile * 4);
+        const __m512i high_columns = wide ? _mm512_loadu_si512(high + q * kTile * 4) : columns;
+#pragma GCC unroll 12
+        for (std::size_t r = 0; r < rows; ++r) {
+            const __m512i value = broadcast(values + 4 * r);
+            multiply_add(dots[r], columns, value);
+            if (wide) multiply_add(high_dots[r], high_columns, value);
+        }
+    }
+#pragma GCC unroll 12
+    for (std::size_t r = 0; r < rows; ++r) {
+        if (wide) dots[r] = _mm512_add_epi32(_mm512_slli_epi32(high_dots[r], 8), dots[r]);
+        _mm512_storeu_si512(into + (row + r) * kTile, dots[r]);
+    }
+}
+
+// The last, fewer than 12 rows.
+template <std::size_t rows, bool wide>
+void multiply_tile_rest(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::size_t row, std::int32_t* into) {
+    if (x.rows - row == rows) return multiply_tile_rows<rows, wide>(low, high, x, row, into);
+    if constexpr (rows > 1) multiply_tile_rest<rows - 1, wide>(low, high, x, row, into);
+}
+
+template <bool wide>
+void multiply_tile_to(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::int32_t* into) {
+    std::size_t row = 0;
+    for (; row + kRows <= x.rows; row += kRows) multiply_tile_rows<kRows, wide>(low, high, x, row, into);
+    if (row < x.rows) multiply_tile_rest<kRows - 1, wide>(low, high, x, row, into);
+}
+
+void multiply_tile(const std::uint8_t* low, const std::uint8_t* high, const Quads& x, std::int32_t* into) {
+    (high ? multiply_tile_to<true> : multiply_tile_to<false>)(low, high, x, into);
+}
+
 std::size_t value_bytes(int) { return sizeof(Vnni::Value); }
 
 }  // namespace
 
-const Path vnni_path = {"vnni", value_bytes, round_row_to<Vnni>, multiply, attend};
+const Path vnni_path = {"vnni",   value_bytes, round_row_to<Vnni>,
+                        multiply, attend,      attend_quantized<multiply_tile>};
 
 }  // namespace blip2rt
