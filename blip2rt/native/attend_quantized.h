@@ -19,6 +19,7 @@ constexpr std::size_t kPart = 8;
 #else
 constexpr std::size_t kPart = 4;
 #endif
+constexpr float kMost = 1e37f;
 constexpr std::size_t kParts = kTile / kPart;  // vectors of 16 numbers, one for each of 16 queries
 typedef float PartFloats __attribute__((vector_size(4 * kPart)));
 typedef std::int32_t PartIntegers __attribute__((vector_size(4 * kPart)));
@@ -44,11 +45,12 @@ using MultiplyTile = void (*)(const std::uint8_t* low, const std::uint8_t* high,
 struct Head {
     std::size_t rows = 0, width = 0;            // T, d
     std::size_t row_quads, width_quads, tiles;  // ceil(T / 4), ceil(d / 4), ceil(T / 16)
-    Buffer<float> mean, largest, numbers, zeros;  // [d] of the keys, of the values, and of one row
+    Buffer<float> mean, numbers, zeros;         // [d]
+    Buffer<std::uint32_t> largest_bits;         // [d], of the values
     Buffer<std::int8_t> rounded;                // [d/4][4], one row
     Buffer<std::uint8_t> queries;               // [T/16][d/4][16][4], 128 is zero
     Buffer<std::int8_t> keys;                   // [d/4][T][4]
-    Buffer<std::int8_t> values;                 // [T/4][d][4]
+    Buffer<std::uint32_t> values;               // [T/4][d], four rows in each number
     Buffer<float> query_scales;                 // [T/16][16]
     Buffer<float> key_scales, value_scales;
     Buffer<std::int32_t> key_zeros;             // take the 128 of the queries out of a dot
@@ -60,11 +62,12 @@ struct Head {
         if (rows == a.rows && width == a.width) return;
         rows = a.rows, width = a.width;
         row_quads = (rows + 3) / 4, width_quads = (width + 3) / 4, tiles = (rows + kTile - 1) / kTile;
-        for (Buffer<float>* buffer : {&mean, &largest, &numbers, &zeros, &value_scales}) buffer->renew(width, 0);
+        for (Buffer<float>* buffer : {&mean, &numbers, &zeros, &value_scales}) buffer->renew(width, 0);
+        largest_bits.renew(width, 0);
         rounded.renew(width_quads * 4, 0);
         queries.renew(tiles * width_quads * kTile * 4, 128);
         keys.renew(rows * width_quads * 4, 0);
-        values.renew(row_quads * width * 4, 0);
+        values.renew(row_quads * width, 0);
         query_scales.renew(tiles * kTile, 0);
         key_scales.renew(rows, 0);
         key_zeros.renew(rows, 0);
@@ -75,65 +78,86 @@ struct Head {
     }
 };
 
-// Rounds the rows of a head; `row` is its first query, its keys and values lie `layer` and twice that behind. False where
-// there is a number that is none, or where a score could overflow.
-bool round_head(const float* row, std::size_t layer, float scale, Head& head) {
-    const std::size_t width = head.width, token = 3 * layer;
-    Buffer<float>&mean = head.mean, &largest = head.largest, &shifted = head.numbers;
-    for (std::size_t d = 0; d < width; ++d) mean[d] = largest[d] = 0;
-    for (std::size_t t = 0; t < head.rows; ++t) {
-        const float *key = row + t * token + layer, *value = key + layer;
+// The first query of a head; its keys and values lie `layer` and twice that behind, the next row three times that.
+struct Rows {
+    const float* first;
+    std::size_t layer;
+
+    const float* query(std::size_t t) const { return first + t * 3 * layer; }
+    const float* key(std::size_t t) const { return query(t) + layer; }
+    const float* value(std::size_t t) const { return query(t) + 2 * layer; }
+};
+
+// Queries and keys. Returns a bound of all scores, which is no number where a query or a key is none.
+float round_queries_and_keys(const Rows& rows, float scale, Head& head) {
+    const std::size_t width = head.width, count = head.rows, quads = head.width_quads;
+    float *mean = &head.mean[0], *shifted = &head.numbers[0];
+    std::int8_t* rounded = &head.rounded[0];
+    for (std::size_t d = 0; d < width; ++d) mean[d] = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+        const float* key = rows.key(t);
         for (std::size_t d = 0; d < width; ++d) mean[d] = mean[d] + key[d];
-        for (std::size_t d = 0; d < width; ++d) {
-            const float magnitude = std::fabs(value[d]);
-            largest[d] = magnitude > largest[d] || magnitude != magnitude ? magnitude : largest[d];
-        }
     }
-    float all_queries = 0, all_keys = 0, all_values = 0;  // sums, which keep what is no number
-    for (std::size_t d = 0; d < width; ++d) mean[d] = mean[d] / static_cast<float>(head.rows);
-    for (std::size_t t = 0; t < head.rows; ++t) {
-        const float *query = row + t * token, *key = query + layer;
+    for (std::size_t d = 0; d < width; ++d) mean[d] = mean[d] / static_cast<float>(count);
+    float all_queries = 0, all_keys = 0;
+    for (std::size_t t = 0; t < count; ++t) {
+        const float* key = rows.key(t);
         for (std::size_t d = 0; d < width; ++d) shifted[d] = key[d] - mean[d];
-        head.key_zeros[t] = -128 * round_group(&shifted[0], width, &head.rounded[0], head.key_scales[t]);
-        for (std::size_t q = 0; q < head.width_quads; ++q)
-            std::memcpy(&head.keys[(q * head.rows + t) * 4], &head.rounded[4 * q], 4);
+        head.key_zeros[t] = -128 * round_group(shifted, width, rounded, head.key_scales[t]);
         all_keys = all_keys + head.key_scales[t];
+        std::int8_t* keys = &head.keys[t * 4];
+        for (std::size_t q = 0; q < quads; ++q) std::memcpy(keys + q * count * 4, rounded + 4 * q, 4);
         float query_scale;
-        round_group(query, width, &head.rounded[0], query_scale);
-        query_scale = query_scale * scale;
-        all_queries = all_queries + query_scale;
-        const std::size_t tile = t / kTile, lane = t % kTile;
-        head.query_scales[t] = query_scale;
-        std::uint8_t* quad = &head.queries[(tile * head.width_quads * kTile + lane) * 4];
-        for (std::size_t q = 0; q < head.width_quads; ++q, quad += kTile * 4) {
+        round_group(rows.query(t), width, rounded, query_scale);
+        head.query_scales[t] = query_scale * scale;
+        all_queries = all_queries + head.query_scales[t];
+        std::uint8_t* queries = &head.queries[(t / kTile * quads * kTile + t % kTile) * 4];
+        for (std::size_t q = 0; q < quads; ++q) {
             std::uint32_t bytes;
-            std::memcpy(&bytes, &head.rounded[4 * q], sizeof bytes);
+            std::memcpy(&bytes, rounded + 4 * q, sizeof bytes);
             bytes ^= 0x80808080u;  // + 128
-            std::memcpy(quad, &bytes, sizeof bytes);
+            std::memcpy(queries + q * kTile * 4, &bytes, sizeof bytes);
         }
     }
-    Buffer<float>& inverse = mean;
-    for (std::size_t d = 0; d < width; ++d) {
-        all_values = all_values + largest[d];
-        const bool is_zero = largest[d] < kZero;
-        head.value_scales[d] = is_zero ? 0.0f : largest[d] / 127.0f;
-        inverse[d] = is_zero ? 0.0f : 127.0f / largest[d];
+    return all_queries * all_keys * static_cast<float>(127 * 127 * width);
+}
+
+// Values. Returns the sum of the channels' largest, which is no number where a value is none.
+float round_values(const Rows& rows, Head& head) {
+    const std::size_t width = head.width;
+    std::uint32_t* largest_bits = &head.largest_bits[0];  // ordered as the numbers are, NaN above infinity
+    float* inverse = &head.numbers[0];
+    for (std::size_t d = 0; d < width; ++d) largest_bits[d] = 0;
+    for (std::size_t t = 0; t < head.rows; ++t) {
+        const float* value = rows.value(t);
+        for (std::size_t d = 0; d < width; ++d) {
+            std::uint32_t bits;
+            std::memcpy(&bits, value + d, sizeof bits);
+            bits &= 0x7fffffffu;
+            largest_bits[d] = bits > largest_bits[d] ? bits : largest_bits[d];
+        }
     }
-    const float scores = all_queries * all_keys * static_cast<float>(127 * 127 * width);
-    if (!(scores < 1e37f && all_values < 1e37f)) return false;
+    float sum = 0;
+    for (std::size_t d = 0; d < width; ++d) {
+        float largest;
+        std::memcpy(&largest, largest_bits + d, sizeof largest);
+        sum = sum + largest;
+        head.value_scales[d] = largest < kZero ? 0.0f : largest / 127.0f;
+        inverse[d] = largest < kZero ? 0.0f : 127.0f / largest;
+    }
+    if (!(sum < kMost)) return sum;
     for (std::size_t t = 0; t < head.rows; t += 4) {
         const float* four[4];
-        for (std::size_t i = 0; i < 4; ++i) four[i] = t + i < head.rows ? row + (t + i) * token + 2 * layer : &head.zeros[0];
-        for (std::size_t d = 0; d < width; ++d) {
-            std::uint32_t quad = 0;
-            for (std::size_t i = 0; i < 4; ++i) {
-                const std::int32_t value = static_cast<std::int32_t>(round_half_even(four[i][d] * inverse[d]));
-                quad |= (static_cast<std::uint32_t>(value) & 255u) << (8 * i);
-            }
-            std::memcpy(&head.values[(t * width + 4 * d)], &quad, sizeof quad);
-        }
+        for (std::size_t i = 0; i < 4; ++i) four[i] = t + i < head.rows ? rows.value(t + i) : &head.zeros[0];
+        const float *one = four[0], *two = four[1], *three = four[2], *last = four[3];
+        std::uint32_t* quads = &head.values[t / 4 * width];
+        const auto round = [inverse](const float* values, std::size_t d) {
+            return static_cast<std::uint32_t>(static_cast<std::int32_t>(round_half_even(values[d] * inverse[d]))) & 255u;
+        };
+        for (std::size_t d = 0; d < width; ++d)
+            quads[d] = round(one, d) | round(two, d) << 8 | round(three, d) << 16 | round(last, d) << 24;
     }
-    return true;
+    return sum;
 }
 
 // What some of a tile's queries, from number `first` on, pay to each row: p. Returns one over the sum of all p.
@@ -169,7 +193,8 @@ template <MultiplyTile multiply>
 void sum_values(Head& head) {
     for (std::size_t t = 0; t < head.rows; t += kRowsOfSum) {
         const std::size_t left = head.row_quads - t / 4, quads = left < kRowsOfSum / 4 ? left : kRowsOfSum / 4;
-        multiply(&head.low[t * kTile], &head.high[t * kTile], {&head.values[t * head.width], quads, head.width}, &head.dots[0]);
+        const std::int8_t* values = reinterpret_cast<const std::int8_t*>(&head.values[t / 4 * head.width]);
+        multiply(&head.low[t * kTile], &head.high[t * kTile], {values, quads, head.width}, &head.dots[0]);
         for (std::size_t i = 0; i < head.width * kTile; ++i) {
             const float sum = static_cast<float>(head.dots[i]);
             head.sums[i] = t ? head.sums[i] + sum : sum;
@@ -184,7 +209,8 @@ void attend_quantized(const QuantizedAttention& a, std::size_t image_and_head) {
     const std::size_t image = image_and_head / a.heads, layer = a.heads * a.width;
     const std::size_t first = image_and_head % a.heads * a.width;
     float* joined = a.joined + image * a.rows * layer + first;
-    if (!round_head(a.qkv + image * a.rows * 3 * layer + first, layer, a.scale, head)) {
+    const Rows rows = {a.qkv + image * a.rows * 3 * layer + first, layer};
+    if (!(round_queries_and_keys(rows, a.scale, head) < kMost && round_values(rows, head) < kMost)) {
         for (std::size_t t = 0; t < a.rows; ++t)
             for (std::size_t d = 0; d < a.width; ++d)
                 joined[t * layer + d] = std::numeric_limits<float>::quiet_NaN();

@@ -6,6 +6,10 @@
 #include <cstring>
 #include <limits>
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
 #include "path.h"
 
 namespace blip2rt {
@@ -54,6 +58,38 @@ std::int32_t round_group(const float* from, std::size_t count, Value* to, float&
     }
     return sum;
 }
+
+#ifdef __AVX512BW__
+// The same to the bit: vcvtps2dq rounds half to even, too.
+inline std::int32_t round_group(const float* from, std::size_t count, std::int8_t* to, float& scale) {
+    const auto inside = [count](std::size_t k) {
+        return static_cast<__mmask16>(count - k < 16 ? (1u << (count - k)) - 1 : 0xffffu);
+    };
+    __m512i magnitudes = _mm512_setzero_si512();
+    for (std::size_t k = 0; k < count; k += 16) {
+        const __m512i bits = _mm512_maskz_loadu_epi32(inside(k), from + k);
+        magnitudes = _mm512_max_epu32(magnitudes, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    const std::uint32_t largest_bits = _mm512_reduce_max_epu32(magnitudes);
+    float largest;
+    std::memcpy(&largest, &largest_bits, sizeof largest);
+    const bool is_number = largest_bits < 0x7f800000u;
+    if (!is_number || largest < kZero) {
+        scale = is_number ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+        std::memset(to, 0, count);
+        return 0;
+    }
+    scale = largest / 127.0f;
+    const __m512 inverse = _mm512_set1_ps(127.0f / largest);
+    __m512i sums = _mm512_setzero_si512();
+    for (std::size_t k = 0; k < count; k += 16) {
+        const __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(inside(k), from + k), inverse));
+        _mm512_mask_cvtepi32_storeu_epi8(to + k, inside(k), values);
+        sums = _mm512_add_epi32(sums, values);
+    }
+    return _mm512_reduce_add_epi32(sums);
+}
+#endif
 
 template <typename Arithmetic>
 void round_row_to(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
