@@ -60,21 +60,23 @@ struct Head {
 
     void fit(const QuantizedAttention& a) {
         if (rows == a.rows && width == a.width) return;
-        rows = a.rows, width = a.width;
-        row_quads = (rows + 3) / 4, width_quads = (width + 3) / 4, tiles = (rows + kTile - 1) / kTile;
-        for (Buffer<float>* buffer : {&mean, &numbers, &zeros, &value_scales}) buffer->renew(width, 0);
-        largest_bits.renew(width, 0);
+        width = 0;  // until there is memory for all
+        rows = a.rows;
+        row_quads = (rows + 3) / 4, width_quads = (a.width + 3) / 4, tiles = (rows + kTile - 1) / kTile;
+        for (Buffer<float>* buffer : {&mean, &numbers, &zeros, &value_scales}) buffer->renew(a.width, 0);
+        largest_bits.renew(a.width, 0);
         rounded.renew(width_quads * 4, 0);
         queries.renew(tiles * width_quads * kTile * 4, 128);
         keys.renew(rows * width_quads * 4, 0);
-        values.renew(row_quads * width, 0);
+        values.renew(row_quads * a.width, 0);
         query_scales.renew(tiles * kTile, 0);
         key_scales.renew(rows, 0);
         key_zeros.renew(rows, 0);
-        dots.renew((rows > width ? rows : width) * kTile, 0);
+        dots.renew((rows > a.width ? rows : a.width) * kTile, 0);
         scores.renew(rows * kTile, 0);
-        sums.renew(width * kTile, 0);
+        sums.renew(a.width * kTile, 0);
         for (Buffer<std::uint8_t>* buffer : {&low, &high}) buffer->renew(row_quads * kTile * 4, 0);
+        width = a.width;
     }
 };
 
