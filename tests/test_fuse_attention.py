@@ -34,13 +34,18 @@ def decoder(text: OPTConfig | T5Config) -> tuple[ir.Model, StageSpec, dict[str, 
     spec = stage_specs(config)[DECODER]
     model = trace_stage(module, spec)
     lower(model, {name for name, _ in module.named_parameters()})
+    fill_weights(model)
+    return model, spec, _decoder_inputs(spec, config)
+
+
+def fill_weights(model: ir.Model) -> None:
+    """Random weights for a graph from `lower`."""
     rng = np.random.default_rng(0)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.shape is not None
             values = rng.normal(0, 0.3, tuple(value.shape.numpy())).astype(np.float32)
             value.const_value = ir.tensor(values, name=name)
-    return model, spec, _decoder_inputs(spec, config)
 
 
 def session_of(model: ir.Model) -> ort.InferenceSession:

@@ -19,7 +19,7 @@ constexpr std::size_t kPart = 8;
 #else
 constexpr std::size_t kPart = 4;
 #endif
-constexpr float kMost = 1e37f;
+constexpr float kMost = 1e37f;  // a bound of scores or values beyond it, or none, makes a head NaN
 constexpr std::size_t kParts = kTile / kPart;  // vectors of 16 numbers, one for each of 16 queries
 typedef float PartFloats __attribute__((vector_size(4 * kPart)));
 typedef std::int32_t PartIntegers __attribute__((vector_size(4 * kPart)));
