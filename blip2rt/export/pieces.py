@@ -101,7 +101,8 @@ class GraphPieces:
         types = {value.name: value.dtype.numpy() for value in cut.graph.inputs if value.dtype is not None}
         given = {value.name: known[name].astype(types[value.name]) for name, value in inputs.items()}
         results = session.run(list(outputs), given)
-        results = [r.astype(np.float32) if r.dtype == np.float16 else r for r in results]
+        # copies: arrays of ONNX Runtime's hold on to all memory of their session
+        results = [r.astype(np.float32 if r.dtype == np.float16 else r.dtype) for r in results]
         return dict(zip(outputs, results, strict=True))
 
 

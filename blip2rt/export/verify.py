@@ -6,11 +6,11 @@ whole stage. Sizes differ from those traced.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..stages import DECODER, ENCODER, ITM, MASKED, QFORMER, TEXT, VISION, Stage
 from .pieces import TOKEN_EMBEDDING, Piece, open_pieces
 
 Array = np.ndarray[Any, Any]
+Value = TypeVar("Value")
 
 # fp32: largest difference over the reference's largest value, after every piece, all errors before it included.
 # Others: root mean square of the difference over that of the reference, of every piece by itself, on the reference's
@@ -141,9 +142,9 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
         limit = LIMITS[manifest.precision] * (WHOLE if manifest.device == TENSORRT else 1)
         comparison = Comparison(stage, limit, _sizes(signature, arrays))
         engine = open_pieces(directory, manifest, stage)
-        outputs = [output.name for output in signature.outputs]
+        inputs, outputs = ({tensor.name for tensor in side} for side in (signature.inputs, signature.outputs))
         pieces = _pieces(stage, module, signature)
-        for piece in progress(pieces, f"verifying {stage}", total=len(pieces)):
+        for index, piece in enumerate(progress(pieces, f"verifying {stage}", total=len(pieces))):
             if TOKEN_EMBEDDING in piece.inputs:
                 tensors[TOKEN_EMBEDDING] = checkpoint.parameter(f"{stage}.{TOKEN_EMBEDDING}")
             loaded = checkpoint.load(deepcopy(module.get_submodule(piece.module)), f"{stage}.{piece.module}")
@@ -157,7 +158,13 @@ def compare_engine(directory: Path, manifest: Manifest, checkpoint: Checkpoint) 
             alone = {} if exact else engine.run(piece, known)
             for name in found:
                 comparison.add(piece.module, arrays[name], tensors[name], name in outputs, alone.get(name))
+            wanted = inputs | {name for later in pieces[index + 1 :] for name in later.inputs}
+            arrays, tensors = _only(wanted, arrays), _only(wanted, tensors)
         yield comparison
+
+
+def _only(wanted: Collection[str | None], values: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: value for name, value in values.items() if name in wanted}
 
 
 def _pieces(stage: str, module: torch.nn.Module, signature: StageSpec) -> list[Piece]:
