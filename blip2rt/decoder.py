@@ -5,9 +5,9 @@ the number of beams), then R rows a step. Which rows a beam descends from is tol
 places move no keys and values. The engine writes new rows into the cache in place. A model with an encoder (T5) has
 no prefix: its cache begins with the start token, and all beams look at one copy of what the encoder gave.
 
-Every image has a capacity of its own. Where it is reached, rows that no beam descends from are dropped, and if it is
-still nearly full it grows to 1.5 times the live rows. Both depend on nothing but the image's own history: this is what
-makes an answer the same, bit for bit, alone and in any batch.
+Every image has a capacity of its own, at first enough for a caption. Where it is reached, rows that no beam descends
+from are dropped, and if it is still nearly full it grows to 1.5 times the live rows. Both depend on nothing but the
+image's own history: this is what makes an answer the same, bit for bit, alone and in any batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ from .stages import MASKED, StageSpec
 Array = np.ndarray[Any, Any]
 
 GROWTH = 1.5
+ROOM = 192  # rows of a cache at first, where so many can be used: enough for 30 tokens with 5 beams
 # rows that attention sees are padded to a multiple of this: else kernels sum up their last rows otherwise
 ROW_STEP = 16
 CONSTANT = ("prefix", "logit_rows")  # inputs that are the same in every step
@@ -244,7 +245,7 @@ class CachedDecoder:
         self._used[b] = len(live)
 
     def _capacity(self, b: int, rows: int) -> int:
-        """Rows to hold for image b when `rows` of them are in use: half as many again, but never more than can be.
+        """Rows to hold for image b when `rows` of them are in use: half as many again, and never more than can be.
 
         Raises:
             InputError: more than the engine can hold.
@@ -256,7 +257,7 @@ class CachedDecoder:
                     f"{self._fixed_capacity}: fewer beams, tokens or words, or export with --capacity {padded(rows)}"
                 )
             return self._fixed_capacity
-        wanted = min(int(rows * GROWTH), max(int(self._most_rows[b]), rows))
+        wanted = min(max(int(rows * GROWTH), ROOM), max(int(self._most_rows[b]), rows))
         return padded(wanted)
 
     def _bind(self, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
