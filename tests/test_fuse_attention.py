@@ -14,6 +14,7 @@ from blip2rt.export.fuse_attention import fuse_attention
 from blip2rt.export.graphs import trace_stage
 from blip2rt.export.lower import lower
 from blip2rt.export.pieces import IR_VERSION
+from blip2rt.export.quantize import NATIVE_VERSION
 from blip2rt.export.verify import _decoder_inputs
 from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.config import OPTConfig, T5Config
@@ -86,7 +87,7 @@ def operator(heads: int, width: int, scale: float) -> ort.InferenceSession:
     for output, name in zip(node.outputs, ("joined", "present_key", "present_value"), strict=True):
         output.name, output.type = name, float32
         output.shape = ir.Shape(["B", "S", heads * width]) if name == "joined" else ir.Shape(cache)
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, "blip2rt": 1})
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, "blip2rt": NATIVE_VERSION})
     return session_of(ir.Model(graph, ir_version=IR_VERSION))
 
 

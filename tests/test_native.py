@@ -11,11 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blip2rt import EngineError
 from blip2rt.backends.ort import session_options
+from blip2rt.export.quantize import NATIVE_VERSION
 from blip2rt.native import PATHS, library_path, native_path, twin
 
 Array = np.ndarray[Any, Any]
@@ -23,14 +25,22 @@ Array = np.ndarray[Any, Any]
 pytestmark = pytest.mark.skipif(library_path() is None, reason="the native kernels were not built: no C++ compiler")
 
 
-def kernel(path: str, x: Array, packed: Array, scales: Array, bias: Array, bits: int) -> Array:
+def kernel(path: str, x: Array, packed: Array, scales: Array, bias: Array, bits: int, activation: str = "") -> Array:
     """The library's product, without ONNX Runtime."""
     library = ctypes.CDLL(str(library_path()))
     y = np.full((len(x), len(bias)), np.float32(7e7))
     addresses = [ctypes.c_void_p(array.ctypes.data) for array in (x, packed, scales, bias, y)]
     rows, depth, outputs = (ctypes.c_size_t(size) for size in (*x.shape, len(bias)))
     status = library.blip2rt_quantized_matmul(
-        path.encode(), addresses[0], rows, depth, *addresses[1:4], outputs, ctypes.c_int(bits), addresses[4]
+        path.encode(),
+        addresses[0],
+        rows,
+        depth,
+        *addresses[1:4],
+        outputs,
+        ctypes.c_int(bits),
+        ctypes.c_int(list(twin.ACTIVATIONS).index(activation)),
+        addresses[4],
     )
     if status == 1:
         pytest.skip(f"this processor cannot run the {path} path")
@@ -57,16 +67,37 @@ def problem(seed: int, rows: int, depth: int, outputs: int, bits: int) -> tuple[
 
 @pytest.mark.parametrize("path", PATHS)
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(1, 700), st.integers(1, 90), st.sampled_from([4, 8]))
-@example(0, 275, 1027, 33, 4)  # more rows than go together
-@example(0, 71, 392, 72, 8)  # many rows through two tiles, five of them left, and a tile
-@example(0, 66, 1024, 70, 4)
-@example(0, 275, 1027, 33, 8)
-@example(0, 1, 128, 16, 4)
-def test_kernel_equals_twin(path: str, seed: int, rows: int, depth: int, outputs: int, bits: int) -> None:
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 40),
+    st.integers(1, 700),
+    st.integers(1, 90),
+    st.sampled_from([4, 8]),
+    st.sampled_from(list(twin.ACTIVATIONS)),
+)
+@example(0, 275, 1027, 33, 4, "")  # more rows than go together
+@example(0, 71, 392, 72, 8, "Gelu")  # many rows through two tiles, five of them left, and a tile
+@example(0, 66, 1024, 70, 4, "Relu")
+@example(0, 275, 1027, 33, 8, "Gelu")
+@example(0, 1, 128, 16, 4, "")
+def test_kernel_equals_twin(
+    path: str, seed: int, rows: int, depth: int, outputs: int, bits: int, activation: str
+) -> None:
     """Catches a saturating sum, a fused multiplication and addition, another order, a tile or group cut short."""
     inputs = problem(seed, rows, depth, outputs, bits)
-    np.testing.assert_array_equal(kernel(path, *inputs), twin.quantized_matmul(*inputs))
+    found = kernel(path, *inputs, activation)
+    np.testing.assert_array_equal(found, twin.quantized_matmul(*inputs, activation))
+
+
+def test_activations_are_those_of_torch() -> None:
+    """The twins, over every magnitude; GELU against its definition in float64."""
+    x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    x *= np.float32(10.0) ** np.random.default_rng(1).integers(-8, 8, x.shape).astype(np.float32)
+    expected = torch.nn.functional.gelu(torch.from_numpy(x).double()).numpy()
+    np.testing.assert_allclose(twin.gelu(x), expected, rtol=4e-7, atol=2e-6)
+    np.testing.assert_array_equal(twin.relu(x), torch.from_numpy(x).relu().numpy())
+    for activation in twin.ACTIVATIONS.values():
+        assert np.isnan(activation(np.array([np.nan], np.float32))).all()
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -159,20 +190,28 @@ def test_attention_is_attention(seed: int, rows: int, width: int, more: int) -> 
     np.testing.assert_allclose(twin.exponential(x), np.exp(x.astype(np.float64)), rtol=3e-7, atol=2e-38)
 
 
-def operator(outputs: int, depth: int, bits: int, packed: Array, scales: Array, bias: Array) -> ort.InferenceSession:
+def operator(
+    outputs: int,
+    depth: int,
+    bits: int,
+    packed: Array,
+    scales: Array,
+    bias: Array,
+    activation: int = 0,
+    version: int = NATIVE_VERSION,
+) -> ort.InferenceSession:
     """A session whose graph is the operator alone."""
     x = ir.Value(name="x", shape=ir.Shape(["B", "S", None]), type=ir.TensorType(ir.DataType.FLOAT))
     weights = [
         ir.Value(name=name, const_value=ir.tensor(array, name=name))
         for name, array in (("packed", packed), ("scales", scales), ("bias", bias))
     ]
-    node = ir.node(
-        "QuantizedMatMul", [x, *weights], attributes={"N": outputs, "K": depth, "bits": bits}, domain="blip2rt"
-    )
+    attributes = {"N": outputs, "K": depth, "bits": bits, "activation": activation}
+    node = ir.node("QuantizedMatMul", [x, *weights], attributes=attributes, domain="blip2rt")
     node.outputs[0].name = "y"
     node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
     node.outputs[0].shape = ir.Shape(["B", "S", outputs])
-    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=weights, opset_imports={"": 24, "blip2rt": 1})
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=weights, opset_imports={"": 24, "blip2rt": version})
     model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
     return ort.InferenceSession(model, session_options(2), providers=["CPUExecutionProvider"])
 
@@ -198,8 +237,16 @@ def test_operator_refuses_wrong_sizes() -> None:
     for outputs, depth in ((48, 128), (32, 256), (32, 64)):
         with pytest.raises(Exception, match="not the size"):
             operator(outputs, depth, 4, packed, scales, bias).run(None, {"x": x[None]})
-    with pytest.raises(Exception, match="bits 4 or 8"):
-        operator(32, 128, 5, packed, scales, bias)
+    for bits, activation in ((5, 0), (4, 3), (4, -1)):
+        with pytest.raises(Exception, match="bits 4 or 8, activation 0, 1 or 2"):
+            operator(32, 128, bits, packed, scales, bias, activation)
+
+
+def test_another_version_of_the_operators_is_refused() -> None:
+    """A graph of a time when they computed something else."""
+    _, packed, scales, bias, _ = problem(5, 2, 128, 32, 4)
+    with pytest.raises(Exception, match="QuantizedMatMul"):
+        operator(32, 128, 4, packed, scales, bias, version=NATIVE_VERSION - 1)
 
 
 def test_a_path_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_four_bits_clip_where_it_helps() -> None:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def float_graph(outputs: int, depth: int, biased: bool, shared: bool) -> ir.Model:
+def float_graph(outputs: int, depth: int, biased: bool, shared: bool, activation: str) -> ir.Model:
     """A linear layer as `lower` leaves it: MatMul and Add, or the Gemm of a weight that is also looked up."""
     x = ir.Value(name="x", shape=ir.Shape(["S", depth]), type=ir.TensorType(ir.DataType.FLOAT))
     shape = [outputs, depth] if shared else [depth, outputs]
@@ -90,6 +90,9 @@ def float_graph(outputs: int, depth: int, biased: bool, shared: bool) -> ir.Mode
         bias = ir.Value(name="bias", shape=ir.Shape([outputs]), type=ir.TensorType(ir.DataType.FLOAT))
         nodes.append(ir.node("Add", [results[0], bias]))
         initializers.append(bias)
+        results[0] = nodes[-1].outputs[0]
+    if activation:
+        nodes.append(ir.node(activation, [results[0]]))
         results[0] = nodes[-1].outputs[0]
     if shared:
         index = ir.Value(name="index", shape=ir.Shape(["R"]), type=ir.TensorType(ir.DataType.INT64))
@@ -109,10 +112,18 @@ def plain(shared: bool, tensor: torch.Tensor) -> dict[str, Array]:
     return {"": (tensor if shared else tensor.t()).contiguous().numpy()}
 
 
-def build(folder: Path, kernels: str, precision: str, weight: Array, bias: Array | None, shared: bool) -> Any:
+def build(
+    folder: Path,
+    kernels: str,
+    precision: str,
+    weight: Array,
+    bias: Array | None,
+    shared: bool,
+    activation: str = "",
+) -> Any:
     """The rewritten graph, written to a folder and opened: a function of x, and what was written."""
     outputs, depth = weight.shape
-    model = float_graph(outputs, depth, bias is not None, shared)
+    model = float_graph(outputs, depth, bias is not None, shared, activation)
     tensors = {"weight": torch.from_numpy(weight)} | ({} if bias is None else {"bias": torch.from_numpy(bias)})
     stored = [StoredWeight(name, "plain", partial(plain, shared)) for name in tensors]
     written = quantize(model, "decoder", precision, stored, kernels)
@@ -132,9 +143,12 @@ def rounded_rows(x: Array) -> Array:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize(("biased", "shared"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize(
+    ("biased", "shared", "activation"),
+    [(True, False, ""), (False, False, ""), (False, True, ""), (True, False, "Gelu"), (False, False, "Relu")],
+)
 def test_rewritten_graph_equals_its_twin(
-    kernels: str, precision: str, biased: bool, shared: bool, tmp_path: Path
+    kernels: str, precision: str, biased: bool, shared: bool, activation: str, tmp_path: Path
 ) -> None:
     """The float graph on rounded weights and rounded activations; native ones to the bit. A row knows no other row."""
     rng = np.random.default_rng(0)
@@ -144,27 +158,47 @@ def test_rewritten_graph_equals_its_twin(
         x = rng.standard_normal((37, depth), dtype=np.float32)
         x *= np.float32(10) ** rng.integers(-3, 3, (37, 1)).astype(np.float32)
         x[3] = 0
-        run, written = build(tmp_path, kernels, precision, weight, bias, shared)
+        run, written = build(tmp_path, kernels, precision, weight, bias, shared, activation)
         found, *looked_up = run(x)
         bits = 8 if precision == "int8" else 4
         add = np.zeros(outputs, np.float32) if bias is None else bias
         if kernels == "native":
             parts = next(s for s in written if s.convert(torch.from_numpy(weight)).keys() >= {".tiles"})
             arrays = parts.convert(torch.from_numpy(weight))
-            expected = twin.quantized_matmul(x, arrays[".tiles"], arrays[".scales"], add, bits)
+            expected = twin.quantized_matmul(x, arrays[".tiles"], arrays[".scales"], add, bits, activation)
             np.testing.assert_array_equal(found, expected)
         else:
             group = depth if bits == 8 else 128
             values, scales = round_weight(torch.from_numpy(weight), bits, group)
             rounded = (values * scales.repeat(group, axis=1)[:, :depth]).astype(np.float64)
             blocks = [(rounded_rows(x[:, i : i + group]), rounded[:, i : i + group]) for i in range(0, depth, group)]
-            expected = sum(a @ b.T for a, b in blocks) + add
+            expected = twin.ACTIVATIONS[activation](sum(a @ b.T for a, b in blocks) + add)
             near = 2e-5 if bits == 8 else 5e-3  # MatMulNBits may round a tie of the activations another way
             assert (np.abs(found - expected) <= near * np.abs(expected).max(1, keepdims=True)).all()
         for rows in looked_up:
             np.testing.assert_array_equal(rows, weight)
         for rows in (1, 2, 5, 16):
             np.testing.assert_array_equal(run(x[:rows])[0], found[:rows])
+
+
+@pytest.mark.parametrize("reason", [None, "another formula", "an output", "another reader"])
+def test_which_activations_go_into_the_operator(reason: str | None) -> None:
+    """Only those that it knows, and only where nobody wants what is before them."""
+    model = float_graph(16, 128, True, False, "Gelu")
+    graph = model.graph
+    add, activation = graph[1], graph[2]
+    if reason == "another formula":
+        activation.attributes["approximate"] = ir.AttrString("approximate", "tanh")
+    elif reason == "an output":
+        graph.outputs.append(add.outputs[0])
+    elif reason == "another reader":
+        graph.append(ir.node("Neg", [add.outputs[0]]))
+    stored = [StoredWeight(name, "plain", partial(plain, False)) for name in ("weight", "bias")]
+    quantize(model, "decoder", "int8", stored, "native")
+    found = {node.op_type: node for node in graph}
+    assert found["QuantizedMatMul"].attributes["activation"].as_int() == (0 if reason else 2)
+    assert ("Gelu" in found) == (reason is not None)
+    assert graph.outputs[0].name == "y"
 
 
 def test_products_of_bytes_do_not_overflow() -> None:

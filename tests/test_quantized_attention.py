@@ -17,6 +17,7 @@ from blip2rt.export.fuse_attention import fuse_attention
 from blip2rt.export.graphs import trace_stage
 from blip2rt.export.lower import lower
 from blip2rt.export.pieces import IR_VERSION
+from blip2rt.export.quantize import NATIVE_VERSION
 from blip2rt.model import Blip2, Blip2Config
 from blip2rt.model.signatures import stage_specs
 from blip2rt.native import PATHS, library_path, twin
@@ -124,7 +125,7 @@ def operator(heads: int, channels: int, scale: float) -> ort.InferenceSession:
     node = ir.node("QuantizedAttention", [rows], attributes={"heads": heads, "scale": scale}, domain="blip2rt")
     joined = node.outputs[0]
     joined.name, joined.type, joined.shape = "joined", float32, ir.Shape(["B", "T", None])
-    graph = ir.Graph([rows], [joined], nodes=[node], opset_imports={"": 24, "blip2rt": 1})
+    graph = ir.Graph([rows], [joined], nodes=[node], opset_imports={"": 24, "blip2rt": NATIVE_VERSION})
     return session_of(ir.Model(graph, ir_version=IR_VERSION))
 
 

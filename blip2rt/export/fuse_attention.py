@@ -9,7 +9,7 @@ Where all rows see each other, as in the image encoder, the products can be in 8
 import onnx_ir as ir
 
 from .lower import replace_node
-from .quantize import NATIVE_DOMAIN
+from .quantize import NATIVE_DOMAIN, NATIVE_VERSION
 
 
 def fuse_attention(graph: ir.Graph, in_8_bits: bool) -> None:
@@ -39,7 +39,7 @@ def fuse_attention(graph: ir.Graph, in_8_bits: bool) -> None:
         else:
             continue
         replace_node(graph, joined, [fused])
-        graph.opset_imports[NATIVE_DOMAIN] = 1
+        graph.opset_imports[NATIVE_DOMAIN] = NATIVE_VERSION
         _remove_unused(graph, [turned, *scatters])
 
 

@@ -28,6 +28,7 @@ RoundingOfOne = Callable[[Tensor, int, int], tuple[Array, Array]]  # as `round_w
 Rounding = Callable[[str, Tensor, int, int], tuple[Array, Array]]  # the same, with the weight's name before
 
 NATIVE_DOMAIN, STOCK_DOMAIN = "blip2rt", "com.microsoft"
+NATIVE_VERSION = 2  # `kVersion` of the operators: raise both when an older library would compute a new graph wrongly
 
 # (precision, stage, weight) -> bits, the first row that fits: 8, 4, or 32 for one that stays float32, as without a row.
 # Convolutions, norms, embeddings and softmax are no linear layers and stay float32 anyway.
@@ -82,7 +83,8 @@ def quantize(
         if bits < 32:
             rewrite = _native if kernels == "native" else _stock8 if bits == 8 else _stock4
             rewritten[linear.parameter] = rewrite(graph, linear, bits, partial(rounding, linear.parameter))
-            graph.opset_imports[NATIVE_DOMAIN if kernels == "native" else STOCK_DOMAIN] = 1
+            domain, version = (NATIVE_DOMAIN, NATIVE_VERSION) if kernels == "native" else (STOCK_DOMAIN, 1)
+            graph.opset_imports[domain] = version
     result = []
     for stored in weights:
         value = graph.initializers[stored.parameter]
@@ -120,27 +122,41 @@ def find_linears(graph: ir.Graph, parameters: set[str]) -> Iterator[Linear]:
 
 
 def _native(graph: ir.Graph, linear: Linear, bits: int, rounding: RoundingOfOne) -> StoredWeight:
-    """-> blip2rt.QuantizedMatMul(x, tiles, scales, bias)"""
+    """-> blip2rt.QuantizedMatMul(x, tiles, scales, bias), which also does what an activation behind it does"""
     name, outputs, depth = linear.parameter, linear.outputs, linear.depth
     tiles, groups = -(-outputs // twin.TILE), -(-depth // twin.GROUP)
     packed = _initializer(graph, f"{name}.tiles", (tiles, -(-depth // 8) * twin.TILE * bits), ir.DataType.UINT8)
     scales = _initializer(graph, f"{name}.scales", (tiles, groups, twin.TILE), ir.DataType.UINT16)
+    nodes = [linear.node]
     if linear.bias:
         add, bias = linear.bias
-        last = add
+        nodes.append(add)
     else:
-        bias, last = constant(graph, f"{name}.no_bias", np.zeros(outputs, np.float32)), linear.node
+        bias = constant(graph, f"{name}.no_bias", np.zeros(outputs, np.float32))
+    activation = _activation(nodes[-1])
+    if activation is not None:
+        nodes.append(activation)
+    number = list(twin.ACTIVATIONS).index(activation.op_type if activation else "")
     inputs = [linear.node.inputs[0], packed, scales, bias]
-    attributes = {"N": outputs, "K": depth, "bits": bits}
-    replace_node(graph, last, [ir.node("QuantizedMatMul", inputs, attributes=attributes, domain=NATIVE_DOMAIN)])
-    if linear.bias:
-        graph.remove(linear.node, safe=True)
+    attributes = {"N": outputs, "K": depth, "bits": bits, "activation": number}
+    replace_node(graph, nodes[-1], [ir.node("QuantizedMatMul", inputs, attributes=attributes, domain=NATIVE_DOMAIN)])
+    for node in reversed(nodes[:-1]):
+        graph.remove(node, safe=True)
 
     def convert(weight: Tensor) -> Mapping[str, Array]:
         values, scale = rounding(weight, bits, twin.GROUP)
         return {".tiles": twin.pack_weight(values, bits), ".scales": twin.pack_scales(scale)}
 
     return StoredWeight(name, f"native {bits}", convert)
+
+
+def _activation(node: ir.Node) -> ir.Node | None:
+    """The activation that alone reads what a node gives, if the operator knows it."""
+    (output,), uses = node.outputs, [use.node for use in node.outputs[0].uses()]
+    if len(uses) != 1 or output.is_graph_output() or uses[0].domain or uses[0].op_type not in twin.ACTIVATIONS:
+        return None
+    approximate = uses[0].attributes.get("approximate")
+    return uses[0] if approximate is None or approximate.as_string() == "none" else None
 
 
 def _stock8(graph: ir.Graph, linear: Linear, bits: int, rounding: RoundingOfOne) -> StoredWeight:

@@ -59,10 +59,10 @@ BLIP2RT_EXPORT int blip2rt_cosines(const char* path_name, const std::uint16_t* h
 // The operators outside a graph, on one thread, for tests: 0 on success, 1 where the path cannot run here.
 BLIP2RT_EXPORT int blip2rt_quantized_matmul(const char* path_name, const float* x, std::size_t rows, std::size_t depth,
                                             const std::uint8_t* packed, const std::uint16_t* scales, const float* bias,
-                                            std::size_t outputs, int bits, float* y) {
+                                            std::size_t outputs, int bits, int activation, float* y) {
     const Path* path = blip2rt::find_path(path_name);
     if (!path) return 1;
-    const Weight weight = {packed, scales, bias, outputs, depth, bits};
+    const Weight weight = {packed, scales, bias, outputs, depth, bits, static_cast<blip2rt::Activation>(activation)};
     return blip2rt::quantized_matmul(*path, weight, x, rows, y, kHere) ? 0 : 2;
 }
 

@@ -10,7 +10,8 @@
 #include <immintrin.h>
 #endif
 
-#include "path.h"
+#include "activation.h"
+#include "attend.h"
 
 namespace blip2rt {
 namespace {
@@ -147,7 +148,12 @@ void multiply_tiles(const Weight& weight, const Rounded& x, std::size_t first_ti
             const std::size_t count = weight.outputs - first < kTile ? weight.outputs - first : kTile;
             for (std::size_t row = 0; row < x.rows; ++row) {
                 float* into = y + row * weight.outputs + first;
-                for (std::size_t n = 0; n < count; ++n) into[n] = sums[tile - from][row][n] + weight.bias[first + n];
+                for (std::size_t n = 0; n < count; n += kLanes) {
+                    const std::size_t lanes = count - n < kLanes ? count - n : kLanes;
+                    const Floats bias = load_some(weight.bias + first + n, lanes);
+                    const Floats found = activate(weight.activation, load(sums[tile - from][row] + n) + bias);
+                    std::memcpy(into + n, &found, lanes * sizeof(float));
+                }
             }
         }
     }

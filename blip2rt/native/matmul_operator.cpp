@@ -17,18 +17,20 @@ struct MatMulKernel {
     const Path* path;
     std::size_t outputs, depth;
     int bits;
+    Activation activation;
 
     static ort::Status* create(const ort::Api& api, const ort::KernelInfo* info, MatMulKernel** kernel) {
-        std::int64_t outputs = 0, depth = 0, bits = 0;
+        std::int64_t outputs = 0, depth = 0, bits = 0, activation = 0;
         if (ort::Status* status = api.attribute(info, "N", &outputs)) return status;
         if (ort::Status* status = api.attribute(info, "K", &depth)) return status;
         if (ort::Status* status = api.attribute(info, "bits", &bits)) return status;
-        if (outputs < 1 || depth < 1 || (bits != 4 && bits != 8))
-            return api.create_status(2, "QuantizedMatMul: N and K must be positive and bits 4 or 8");
+        if (ort::Status* status = api.attribute(info, "activation", &activation)) return status;
+        if (outputs < 1 || depth < 1 || (bits != 4 && bits != 8) || activation < 0 || activation > 2)
+            return api.create_status(2, "QuantizedMatMul: N and K must be positive, bits 4 or 8, activation 0, 1 or 2");
         const Path* path = chosen_path();
         if (!path) return api.create_status(2, "BLIP2RT_KERNELS names no path that this processor can run");
         *kernel = new MatMulKernel{api, path, static_cast<std::size_t>(outputs), static_cast<std::size_t>(depth),
-                                   static_cast<int>(bits)};
+                                   static_cast<int>(bits), static_cast<Activation>(activation)};
         return nullptr;
     }
 
@@ -41,7 +43,8 @@ struct MatMulKernel {
                                static_cast<const float*>(inputs[kBias].data),
                                outputs,
                                depth,
-                               bits};
+                               bits,
+                               activation};
         std::vector<std::size_t> shape = inputs[kX].shape;
         if (shape.empty() || shape.back() != depth ||
             inputs[kPacked].count() != weight.tiles() * weight.tile_bytes() ||

@@ -11,6 +11,8 @@
 
 namespace blip2rt {
 
+constexpr int kVersion = 2;  // of the operators, which a graph asks for (`export/quantize.py`)
+
 const ort::CustomOp* matmul_operator();
 const ort::CustomOp* attention_operator();
 const ort::CustomOp* quantized_attention_operator();
@@ -69,8 +71,8 @@ ort::CustomOp describe() {
             return self.api.create_status(1, error.what());
         }
     };
-    op.start_version = [](const ort::CustomOp*) { return 1; };
-    op.end_version = [](const ort::CustomOp*) { return 1; };
+    op.start_version = [](const ort::CustomOp*) { return kVersion; };
+    op.end_version = [](const ort::CustomOp*) { return kVersion; };
     return op;
 }
 

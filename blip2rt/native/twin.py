@@ -68,8 +68,8 @@ def round_along(x: Array, axis: int) -> tuple[Array, Array]:
     return np.rint(scaled).astype(np.int8), scales
 
 
-def quantized_matmul(x: Array, packed: Array, scales: Array, bias: Array, bits: int) -> Array:
-    """x [M, K] float32 times packed weights [N, K], plus bias [N]: [M, N] float32."""
+def quantized_matmul(x: Array, packed: Array, scales: Array, bias: Array, bits: int, activation: str = "") -> Array:
+    """x [M, K] float32 times packed weights [N, K], plus bias [N], through one of ACTIVATIONS: [M, N] float32."""
     outputs, depth = len(bias), x.shape[1]
     weight = unpack_weight(packed, outputs, depth, bits).astype(np.float64)  # products of integers stay exact
     weight_scales = unpack_scales(scales, outputs)
@@ -80,7 +80,7 @@ def quantized_matmul(x: Array, packed: Array, scales: Array, bias: Array, bits: 
             columns = weight[:, g * GROUP : (g + 1) * GROUP]
             dot = values[:, g, : columns.shape[1]].astype(np.float64) @ columns.T
             total += dot.astype(np.float32) * (weight_scales[:, g] * row_scales[:, g, None])
-        return total + bias
+        return ACTIVATIONS[activation](total + bias)
 
 
 def cached_attention(
@@ -159,6 +159,28 @@ def _attend_quantized(query: Array, key: Array, value: Array, scale: np.float32)
         sums += (weights[:, some] @ values[some].astype(np.int32)).astype(np.float32)
     inverse = np.float32(1) / weights.sum(axis=1, dtype=np.int32, keepdims=True).astype(np.float32)
     return sums * (value_scales * inverse)
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0); NaN stays NaN."""
+    return np.where(x < 0, np.float32(0), x)
+
+
+def gelu(x: Array) -> Array:
+    """x * P(X <= x) of a standard normal X, to 2e-6."""
+    z = np.clip(x, np.float32(-5.2), np.float32(5.2))
+    square = z * z
+    above = square * np.float32(-1.6164160e-8) + np.float32(5.3742074e-6)
+    for coefficient in (4.1179164e-4, 6.0806409e-3, 6.0276423e-2, 3.9894187e-1):
+        above = above * square + np.float32(coefficient)
+    below = square * np.float32(1.3832100e-4) + np.float32(3.2533603e-3)
+    for coefficient in (4.3216560e-2, 3.1774831e-1, 1.0):
+        below = below * square + np.float32(coefficient)
+    part = np.clip(z * above / below, np.float32(-0.5), np.float32(0.5))
+    return x * (part + np.float32(0.5))
+
+
+ACTIVATIONS = {"": lambda x: x, "Relu": relu, "Gelu": gelu}  # by ONNX's names, in the order of their numbers
 
 
 def exponential(x: Array) -> Array:

@@ -42,6 +42,12 @@ struct Outputs {
     void write(__m512 totals, float* row) const {
         _mm512_mask_storeu_ps(row + first, inside, _mm512_add_ps(totals, bias));
     }
+    // Of rows that have just been written; a function of its own, so that the constants of GELU are loaded once.
+    __attribute__((noinline)) void activate_rows(Activation activation, float* row, std::size_t rows, std::size_t outputs) const {
+        if (activation == Activation::kNone) return;
+        for (std::size_t r = 0; r < rows; ++r, row += outputs)
+            _mm512_mask_storeu_ps(row + first, inside, activate(activation, _mm512_maskz_loadu_ps(inside, row + first)));
+    }
 };
 
 inline __m512 scales_of(const std::uint16_t* halves) {
@@ -97,6 +103,7 @@ void multiply_rows(const Weight& weight, const Rounded& x, std::size_t tile, std
     }
     const Outputs outputs(weight, tile);
     for (std::size_t r = 0; r < rows; ++r) outputs.write(totals[r], y + (row + r) * weight.outputs);
+    outputs.activate_rows(weight.activation, y + row * weight.outputs, rows, weight.outputs);
 }
 
 // The last, fewer than 12 rows.
@@ -148,6 +155,7 @@ void multiply_wide(const Weight& weight, const Rounded& x, std::size_t tile, std
     for (std::size_t t = 0; t < kTiles; ++t) {
         const Outputs outputs(weight, tile + t);
         for (std::size_t r = 0; r < rows; ++r) outputs.write(totals[r][t], y + (row + r) * weight.outputs);
+        outputs.activate_rows(weight.activation, y + row * weight.outputs, rows, weight.outputs);
     }
 }
 
