@@ -9,6 +9,9 @@ namespace {
 bool can_run(const Path& path) {
 #ifdef BLIP2RT_X86
     if (&path == &avx2_path) return __builtin_cpu_supports("avx2");
+#ifdef BLIP2RT_EMULATE
+    if (&path == &vnni_path) return true;
+#endif
     if (&path == &vnni_path) return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw");
 #endif
     return &path == &portable_path;

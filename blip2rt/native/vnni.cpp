@@ -57,7 +57,11 @@ inline __m512 scales_of(const std::uint16_t* halves) {
 
 // dots += weights * value. Written out, because GCC 12 makes a copy of `dots` for each of its intrinsic.
 inline void multiply_add(__m512i& dots, __m512i weights, __m512i value) {
+#ifdef BLIP2RT_EMULATE
+    dots = _mm512_dpbusd_epi32(dots, weights, value);
+#else
     __asm__("vpdpbusd %2, %1, %0" : "+v"(dots) : "v"(weights), "v"(value));
+#endif
 }
 
 // `rows` rows from `row` on, by one tile.
