@@ -72,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, default="opt-2.7b", help="the language model (default: opt-2.7b)")
     parser.add_argument("--directory", type=Path, required=True, help="scratch folder with 30 GB of space")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp32"], help="(default: fp32)")
+    parser.add_argument("--peers", nargs="*", choices=("fp32", "bf16"), help="of transformers (default: what fits)")
     parser.add_argument("--part", nargs=2, metavar=("PART", "PRECISION"), help="run one part (used by the program)")
     parser.add_argument("--output", type=Path, help="where the figures go (default: benchmarks/results)")
     arguments = parser.parse_args(argv)
@@ -83,10 +84,9 @@ def main(argv: list[str] | None = None) -> int:
 
     arguments.directory.mkdir(parents=True, exist_ok=True)
     made = run_part("make", "bf16", arguments)
-    peers = MODELS[arguments.model].get("peers", ("fp32", "bf16"))
+    peers = MODELS[arguments.model].get("peers", ("fp32", "bf16")) if arguments.peers is None else arguments.peers
     theirs = {precision: run_part("transformers", precision, arguments) for precision in peers}
-    tokens, score = theirs[peers[0]]["token_ids"], theirs[peers[0]]["score"]
-    engines = {}
+    engines: dict[str, dict[str, Any]] = {}
     for precision in arguments.precisions:
         built = run_part("export", precision, arguments)
         floors = {} if precision == "fp32" else run_part("floors", precision, arguments)
@@ -94,10 +94,12 @@ def main(argv: list[str] | None = None) -> int:
         engines[precision] = {
             "export": built,
             "caption": ours,
-            "tokens_as_transformers": sum(a == b for a, b in zip(ours["token_ids"], tokens, strict=True)),
-            "score_difference": abs(ours["score"] - score),
             **{f"transformers_{peer}_over_ours": found["seconds"] / ours["seconds"] for peer, found in theirs.items()},
         }
+        if theirs:
+            tokens, score = theirs[peers[0]]["token_ids"], theirs[peers[0]]["score"]
+            same = sum(a == b for a, b in zip(ours["token_ids"], tokens, strict=True))
+            engines[precision] |= {"tokens_as_transformers": same, "score_difference": abs(ours["score"] - score)}
         if floors:
             engines[precision] |= {"floors": floors, "over_floor": over_floors(ours, floors)}
         if precision == "int4":
@@ -105,13 +107,14 @@ def main(argv: list[str] | None = None) -> int:
             limited = run_part("ours", precision, arguments, ADDRESS_SPACE)
             engines[precision]["under_ulimit"] = {"bytes": ADDRESS_SPACE, "seconds": limited["seconds"]}
     command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH"
+    command += f" --precisions {' '.join(arguments.precisions)}"
     result = {
-        "command": f"{command} --precisions {' '.join(arguments.precisions)}",
+        "command": command + (f" --peers {' '.join(peers)}".rstrip() if arguments.peers is not None else ""),
         "task": f"one 224 px picture, {BEAMS} beams, exactly {NEW_TOKENS} tokens, minimum of {RUNS} runs",
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "kernels": native_path()},
         "versions": {package: version(package) for package in ("blip2rt", "onnxruntime", "torch", "transformers")},
         "parameters": made["parameters"],
-        "distinct_tokens": len(set(tokens)),
+        "distinct_tokens": len(set(ours["token_ids"])),
         "transformers": theirs,
         "engines": engines,
     }
@@ -242,9 +245,9 @@ class Ceilings:
     read_gb_per_s: float
     int8_gop_per_s: float
 
-    def floor(self, weights: "Weights", rows: int, lone_rows: int | None = None) -> float:
-        """Seconds that a stage needs at least for so many rows; the output layer may see fewer (`lone_rows`)."""
-        operations = 2 * (weights.inner * rows + weights.head * (rows if lone_rows is None else lone_rows))
+    def floor(self, weights: "Weights", rows: int, other_rows: int | None = None) -> float:
+        """Seconds that a stage needs at least for so many rows; `weights.other` may see another number."""
+        operations = 2 * (weights.inner * rows + weights.other * (rows if other_rows is None else other_rows))
         return max(weights.bytes / self.read_gb_per_s / 1e9, operations / self.int8_gop_per_s / 1e9)
 
 
@@ -253,7 +256,7 @@ class Weights:
     """The linear layers of a stage."""
 
     inner: int  # weights
-    head: int  # weights of the output layer, the last one of a decoder
+    other: int  # those of a decoder's output layer, or that make keys and values of an image in a Q-Former
     bytes: int
 
 
@@ -278,7 +281,7 @@ def stage_floors(
         prefill = ceilings.floor(decoder, batch * prompt_rows, batch)
     return {
         "vision": ceilings.floor(vision, batch * patches),
-        "qformer": ceilings.floor(qformer, batch * queries),
+        "qformer": ceilings.floor(qformer, batch * queries, batch * patches),
         "prefill": prefill,
         "step": ceilings.floor(decoder, batch * num_beams),
     }
@@ -288,14 +291,15 @@ def linear_weights(path: Path) -> Weights:
     """The linear layers of a stage with native kernels."""
     import onnx_ir as ir
 
-    sizes, total = [], 0
-    for node in ir.load(path).graph:
-        if node.op_type == "QuantizedMatMul":
-            outputs, depth, bits = (node.attributes[name].as_int() for name in ("N", "K", "bits"))
-            sizes.append(outputs * depth)
-            total += outputs * depth * bits // 8 + outputs * -(-depth // 128) * 2
-    is_decoder = path.stem == "decoder"
-    return Weights(sum(sizes[:-1] if is_decoder else sizes), sizes[-1] if is_decoder else 0, total)
+    sizes = {True: 0, False: 0}
+    total = 0
+    layers = [node for node in ir.load(path).graph if node.op_type == "QuantizedMatMul"]
+    for node in layers:
+        outputs, depth, bits = (node.attributes[name].as_int() for name in ("N", "K", "bits"))
+        is_output = path.stem == "decoder" and node is layers[-1]
+        sizes[is_output or "cross_attention.kv" in str(node.inputs[1])] += outputs * depth
+        total += outputs * depth * bits // 8 + outputs * -(-depth // 128) * 2
+    return Weights(sizes[False], sizes[True], total)
 
 
 def over_floors(ours: dict[str, Any], floors: dict[str, Any]) -> dict[str, float]:
