@@ -21,6 +21,7 @@ from blip2rt.export.gptq import round_by_moments
 from blip2rt.export.rounding import round_weight
 from blip2rt.manifest import Manifest
 from blip2rt.model import Checkpoint
+from blip2rt.stages import DECODER, ENCODER, MASKED, QFORMER, VISION
 
 GROUP = 128
 SIZES = {"outputs": st.integers(1, 40), "depth": st.integers(1, 300), "seed": st.integers(0, 999)}
@@ -30,6 +31,11 @@ def spread(rounded: tuple[Any, Any], depth: int) -> Tensor:
     """The weight that values and scales stand for."""
     values, scales = rounded
     return torch.from_numpy(values * np.repeat(scales, GROUP, axis=1)[:, :depth])
+
+
+def round_by_itself(stage: str, name: str, weight: Tensor, bits: int, group: int) -> tuple[Any, Any]:
+    """As `Calibration.round`, without pictures."""
+    return round_weight(weight, bits, group)
 
 
 @settings(deadline=None, max_examples=40)
@@ -84,11 +90,11 @@ def test_the_bundled_model_is_nearer() -> None:
         prefix = qformer(vision(others))[1]
         exact = logits(decoder, prefix)
         rounded = []
-        for round_one in (calibration.round, lambda name, *weight: round_weight(*weight)):
+        for round_one in (calibration.round, round_by_itself):
             copy = deepcopy(decoder)
             for name, child in copy.named_modules():
                 if isinstance(child, nn.Linear) and name.startswith("blocks."):
-                    found = round_one(f"{name}.weight", child.weight, 4, GROUP)
+                    found = round_one(DECODER, f"{name}.weight", child.weight, 4, GROUP)
                     child.weight.data = spread(found, child.in_features)
             rounded.append(float((logits(copy, prefix) - exact).norm() / exact.norm()))
     assert rounded[0] < 0.9 * rounded[1], rounded
@@ -109,11 +115,59 @@ def logits(decoder: nn.Module, prefix: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("kernels", ["native", "stock"])
+def test_t5_is_nearer(checkpoint_maker: Callable[..., Path], tmp_path: Path) -> None:
+    """Logits of T5 for other pictures and texts, with both of its stages rounded."""
+    sizes = {"d_model": 128, "d_kv": 16, "d_ff": 256, "num_heads": 8, "num_layers": 2, "num_decoder_layers": 2}
+    vision = {"image_size": 28, "patch_size": 14}
+    checkpoint = Checkpoint(checkpoint_maker(tmp_path / "t5", 3, "t5", vision=vision, **sizes))
+    rng = np.random.default_rng(0)
+    images, others = rng.standard_normal((2, 24, 3, 28, 28), dtype=np.float32)
+    texts, other_texts = ([[*rng.integers(3, 38, rng.integers(2, 12)), 2] for _ in images] for _ in range(2))
+    calibration = Calibration(checkpoint, images, texts)
+    model = checkpoint.load(checkpoint.build(), "")
+    exact = t5_logits(model, others, other_texts)
+    rounded = []
+    for round_one in (calibration.round, round_by_itself):
+        copy = deepcopy(model)
+        for stage in (ENCODER, DECODER):
+            for name, child in copy.get_submodule(stage).named_modules():
+                if isinstance(child, nn.Linear) and name.startswith(("blocks.", "cross.")):
+                    found = round_one(stage, f"{name}.weight", child.weight, 4, GROUP)
+                    child.weight.data = spread(found, child.in_features)
+        rounded.append(float((t5_logits(copy, others, other_texts) - exact).norm() / exact.norm()))
+    assert rounded[0] < 0.9 * rounded[1], rounded
+
+
+@torch.no_grad()
+def t5_logits(model: nn.Module, images: Any, texts: list[list[int]]) -> Tensor:
+    """Of all tokens of all texts, a picture at a time, without padding."""
+    vision, qformer, encoder, decoder = (model.get_submodule(name) for name in (VISION, QFORMER, ENCODER, DECODER))
+    found = []
+    for image, text in zip(images, texts, strict=True):
+        prefix = qformer(vision(torch.from_numpy(image)[None]))[1]
+        ids = torch.tensor([[-1] * prefix.shape[1] + text])
+        rows, written = torch.arange(ids.shape[1])[None], torch.tensor([[1, *text]])
+        laid = nn.functional.pad(prefix, (0, 0, 0, len(text)))
+        nothing_hidden = torch.zeros(1, 1, 1, ids.shape[1])
+        cross = encoder(laid, ids, rows, nothing_hidden)
+        steps, first = torch.arange(written.shape[1])[None], torch.zeros(1, dtype=torch.int64)
+        causal = torch.full((1, 1, written.shape[1], written.shape[1]), MASKED).triu(1)
+        caches = [None] * len(cross)
+        found.append(decoder(written, steps, steps, first, causal, nothing_hidden, steps, *caches, *cross)[0][0])
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("kernels", "language"), [("native", "opt"), ("stock", "opt"), ("native", "t5")])
 def test_the_command(
-    kernels: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    kernels: str,
+    language: str,
+    checkpoint_maker: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     """Pictures and texts in, an int4 engine out that says so, proven as every engine is."""
+    tiny_checkpoint = checkpoint_maker(tmp_path / "checkpoint", 1, language)
     if kernels == "stock":
         monkeypatch.setenv("BLIP2RT_KERNELS", "stock")
     rng = np.random.default_rng(1)
@@ -146,10 +200,7 @@ def test_the_command(
     assert Manifest.read(tmp_path / "engine") == manifest
 
 
-def test_models_without_opt(
-    tiny_retrieval_checkpoint: Path, checkpoint_maker: Callable[..., Path], tmp_path: Path
-) -> None:
-    t5 = checkpoint_maker(tmp_path / "t5", 1, "t5")
-    for checkpoint in (t5, tiny_retrieval_checkpoint):
-        with pytest.raises(InputError, match="pictures calibrate the weights of OPT"):
-            export_engine(checkpoint, tmp_path / "engine", precision="int4", pictures=[np.zeros((9, 9, 3), np.uint8)])
+def test_a_retrieval_model_has_no_such_weights(tiny_retrieval_checkpoint: Path, tmp_path: Path) -> None:
+    picture = np.zeros((9, 9, 3), np.uint8)
+    with pytest.raises(InputError, match="of a language model, and a retrieval model has none"):
+        export_engine(tiny_retrieval_checkpoint, tmp_path / "engine", precision="int4", pictures=[picture])

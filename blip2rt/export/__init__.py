@@ -38,7 +38,7 @@ from ..model.weight_files import read_json
 from ..native import library_path
 from ..preprocess import ImageSource, preprocess
 from ..progress import Progress
-from ..stages import DECODER, VISION, StageSpec
+from ..stages import VISION, StageSpec
 from ..tokenizer import Tokenizer
 from .calibrate import Calibration, check_calibration
 from .fuse_attention import fuse_attention
@@ -257,7 +257,7 @@ def _write_graphs(
         graph = trace_stage(module, spec)
         weights = lower(graph, {name for name, _ in module.named_parameters()})
         if device == CPU:
-            by_pictures = {"rounding": calibration.round} if calibration and stage == DECODER else {}
+            by_pictures = {"rounding": partial(calibration.round, stage)} if calibration else {}
             weights = quantize(graph, stage, precision, weights, kernels, **by_pictures)
         else:
             weights, spec = lower_for_gpu(graph, stage, spec, precision, weights, capacity)
