@@ -13,7 +13,7 @@ from pathlib import Path
 from blip2rt.native import PATHS, native_path
 
 ROOT = Path(__file__).parents[1]
-SANITIZED, EMULATED = ROOT / "build" / "sanitized", ROOT / "build" / "emulated"
+BASE, SANITIZED, EMULATED = (ROOT / "build" / name for name in ("native", "sanitized", "emulated"))
 TESTS = (
     "tests/test_native.py",
     "tests/test_quantized_attention.py",
@@ -46,6 +46,8 @@ for path in {!r}:
 
 
 def main() -> int:
+    build(BASE)
+    check_symbols()
     is_emulated = native_path() != "vnni"
     build(SANITIZED, "-DBLIP2RT_SANITIZE=ON", f"-DBLIP2RT_EMULATE={'ON' if is_emulated else 'OFF'}")
     libraries = [run("gcc", f"-print-file-name=lib{name}.so").stdout.strip() for name in ("asan", "ubsan")]
@@ -69,6 +71,19 @@ def main() -> int:
     assert not ours, "\n".join(ours)
     print("valgrind: nothing in the kernels")
     return 0
+
+
+def check_symbols() -> None:
+    """Make sure that what a path compiles for its own instructions stays in that path.
+
+    The linker keeps one of several inline functions of the same name, which another processor may then run.
+    """
+    objects = [path for path in BASE.rglob("*.cpp.o") if path.name.startswith(("avx2", "vnni", "cosines_"))]
+    assert len(objects) == 4, objects
+    shared = [
+        line for path in objects for line in run("nm", "-C", path).stdout.splitlines() if line[17:19] in ("W ", "V ")
+    ]
+    assert not shared, "shared between paths:\n" + "\n".join(shared)
 
 
 def build(directory: Path, *options: str) -> None:

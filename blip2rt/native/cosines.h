@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <cstring>
+
+#include "buffer.h"
 
 namespace blip2rt {
 
@@ -37,10 +39,12 @@ void compare_rows(const Gallery& gallery, const Queries& queries, float* out) {
     using Vector = typename Isa::Vector;
     const std::size_t width = gallery.width, count = queries.count, vectors = gallery.rows * gallery.per_row;
     const std::size_t tiles = (count + kColumns - 1) / kColumns;
-    static thread_local std::vector<float> scratch;
-    scratch.assign(tiles * width * kColumns + kRows * width, 0.0f);
-    float* const packed = scratch.data();  // [tiles][E][kColumns]
+    static thread_local Buffer<float> scratch;
+    const std::size_t size = tiles * width * kColumns + kRows * width;
+    scratch.reserve(size);
+    float* const packed = &scratch[0];  // [tiles][E][kColumns]
     float* const wide = packed + tiles * width * kColumns;
+    std::memset(packed, 0, size * sizeof *packed);
     for (std::size_t c = 0; c < count; ++c)
         for (std::size_t e = 0; e < width; ++e)
             packed[(c / kColumns * width + e) * kColumns + c % kColumns] = queries.values[c * width + e];
