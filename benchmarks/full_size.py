@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH"
     command += f" --precisions {' '.join(arguments.precisions)}"
     result = {
+        "model": arguments.model,
         "command": command + (f" --peers {' '.join(peers)}".rstrip() if arguments.peers is not None else ""),
         "task": f"one 224 px picture, {BEAMS} beams, exactly {NEW_TOKENS} tokens, minimum of {RUNS} runs",
         "machine": {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "kernels": native_path()},
