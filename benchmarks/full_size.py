@@ -4,10 +4,11 @@
     python benchmarks/full_size.py --directory SCRATCH --precisions fp32 int8 int4      (40 GB, half an hour)
     python benchmarks/full_size.py --directory SCRATCH --model opt-6.7b --precisions int4           (25 GB of disk)
 
-Every part runs in a process of its own, so that its peak memory (VmHWM) is its own. Engines with native kernels are
-also held against the floors of the machine (`ceilings.py`), run in batches, and under a limit of the address space. The
-last line on stdout is one JSON object, which is also written to `benchmarks/results/full-size-<model>.json`. Exit
-status 1 when the tokens of the fp32 engine are not those of transformers; those of the others are counted.
+Every part runs in a process of its own, so that its peak memory (VmHWM) is its own; one whose figures lie in SCRATCH
+is not run again. Engines with native kernels are also held against the floors of the machine (`ceilings.py`), and that
+of OPT-2.7B in int4 is run in batches and under a limit of the address space. The last line on stdout is one JSON
+object, also written to `benchmarks/results/full-size-<model>.json`. Exit status 1 when the tokens of the fp32 engine
+are not those of transformers; those of the others are counted.
 """
 
 import argparse
@@ -102,12 +103,12 @@ def main(argv: list[str] | None = None) -> int:
             engines[precision] |= {"tokens_as_transformers": same, "score_difference": abs(ours["score"] - score)}
         if floors:
             engines[precision] |= {"floors": floors, "over_floor": over_floors(ours, floors)}
-        if precision == "int4":
+        if precision == "int4" and arguments.model == "opt-2.7b":
             engines[precision]["batches"] = run_part("batches", precision, arguments)
             limited = run_part("ours", precision, arguments, ADDRESS_SPACE)
             engines[precision]["under_ulimit"] = {"bytes": ADDRESS_SPACE, "seconds": limited["seconds"]}
-    command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH"
-    command += f" --precisions {' '.join(arguments.precisions)}"
+    command = f"python benchmarks/full_size.py --model {arguments.model} --directory SCRATCH --precisions "
+    command += " ".join(arguments.precisions)
     result = {
         "model": arguments.model,
         "command": command + (f" --peers {' '.join(peers)}".rstrip() if arguments.peers is not None else ""),
@@ -119,8 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         "transformers": theirs,
         "engines": engines,
     }
-    output = arguments.output or RESULTS / f"full-size-{arguments.model}.json"
-    output.write_text(json.dumps(result, indent=2) + "\n")
+    (arguments.output or RESULTS / f"full-size-{arguments.model}.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0 if engines.get("fp32", {}).get("tokens_as_transformers", NEW_TOKENS) == NEW_TOKENS else 1
 
@@ -145,10 +145,10 @@ def make_checkpoint(directory: Path, model_spec: dict[str, Any], precision: str)
                 parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.02)
             elif name.endswith("shared.weight"):  # T5 has no norm before its first block
                 parameter.normal_()
+            elif name.endswith((".q.weight", ".k.weight")):  # T5's, whose products are not scaled: transformers' own
+                parameter.normal_(0.0, 0.0028 if name.endswith(".q.weight") else 0.022)
             else:
-                # T5's queries and keys, too: it does not scale their products
-                is_small = "embed" in name or name.endswith((".q.weight", ".k.weight"))
-                parameter.normal_(0.0, 0.02 if is_small else WEIGHT_SCALE)
+                parameter.normal_(0.0, 0.02 if "embed" in name else WEIGHT_SCALE)
         model.query_tokens.normal_()
         if model_spec["text"]["model_type"] == "t5":  # an output layer of its own, as FLAN-T5 has
             head = model.language_model.lm_head
@@ -350,18 +350,20 @@ PARTS: dict[str, Callable[[Path, dict[str, Any], str], dict[str, Any]]] = {
 }
 
 
-def run_part(
-    part: str, precision: str, arguments: argparse.Namespace, address_space: int | None = None
-) -> dict[str, Any]:
+def run_part(part: str, precision: str, arguments: argparse.Namespace, limit: int | None = None) -> dict[str, Any]:
     """Run a part in a new process, of so many bytes; what it prints last."""
+    kept = arguments.directory / f"{part}-{precision}{'-limited' if limit else ''}.json"
+    if kept.exists():
+        return dict(json.loads(kept.read_text()))
     print(f"{part} {precision} ...", file=sys.stderr)
     command = [sys.executable, __file__, "--directory", str(arguments.directory), "--model", arguments.model]
     command += ["--part", part, precision]
-    if address_space:
-        command = ["prlimit", f"--as={address_space}", *command]
+    if limit:
+        command = ["prlimit", f"--as={limit}", *command]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     figures: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     print(f"{part} {precision}: {figures}", file=sys.stderr)
+    kept.write_text(json.dumps(figures))
     return figures
 
 
