@@ -7,7 +7,7 @@
 
 #include "buffer.h"
 #include "exponential.h"
-#include "loop.h"
+#include "rows.h"
 
 namespace blip2rt {
 namespace {

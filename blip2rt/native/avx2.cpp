@@ -3,11 +3,16 @@
 // 4 bits: vpmaddubsw multiplies unsigned weights (0..15) by signed values (-127..127) and adds neighbours in 16 bits;
 // eight of them, 8 * 2 * 15 * 127 = 30480, fit before they have to be widened. 8 bits would not fit once, so there both
 // sides are 16 bits wide and vpmaddwd adds in 32.
+//
+// 64 bytes of a tile unpack to two times as many: its low nibbles and its high ones, or its even bytes and its odd ones
+// in 16 bits; the values are stored in that order. Few rows do so in registers, many rows once for all of them.
 #include <immintrin.h>
+
+#include <type_traits>
 
 #include "attend.h"
 #include "attend_quantized.h"
-#include "loop.h"
+#include "rows.h"
 
 namespace blip2rt {
 namespace {
@@ -20,124 +25,161 @@ inline __m256i broadcast(const void* from) {
     return _mm256_set1_epi32(four_bytes);
 }
 
-// Six rows of 16 outputs: 12 sums, two weights, one value, one constant are all 16 registers.
-constexpr std::size_t kRowsOfRegisters = 6;
+template <int bits>
+struct Avx2 {
+    using Value = std::conditional_t<bits == 4, std::int8_t, std::int16_t>;
+    static std::int32_t zero_point(int) { return 1 << (bits - 1); }
+};
 
-// sum += x. As instructions, because GCC otherwise fetches the values of all rows first and has no registers left for
-// the sums, or copies every sum once.
-inline void add16(__m256i& sum, __m256i x) { asm volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
-inline void add32(__m256i& sum, __m256i x) { asm volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+constexpr std::size_t kRows = 6;  // of 16 outputs: 12 sums, two weights, a value and a product are all 16 registers
+constexpr std::size_t kManyRows = 64;
+constexpr std::size_t kTilesAtOnce = 4;  // by many rows, whose values of a group stay in the cache
 
-template <std::size_t rows>
-void dot4(const std::uint8_t* weights, const std::int8_t* x, std::size_t depth, std::int32_t dots[][kTile]) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (std::size_t start = 0; start < depth; start += 32) {
-        const std::size_t end = start + 32 < depth ? start + 32 : depth;
-        __m256i sums[rows][2];
-        for (std::size_t r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
-        for (std::size_t k = start; k < end; k += 4) {
-            const __m256i low = load(weights + k * kTile), high = load(weights + k * kTile + 32);
+// As instructions: GCC otherwise fetches the values of all rows first and has no registers left for the sums, copies
+// every sum once, or keeps the ones in a register.
+inline void add16(__m256i& sum, __m256i x) { __asm__ volatile("vpaddw %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline void add32(__m256i& sum, __m256i x) { __asm__ volatile("vpaddd %1, %0, %0" : "+x"(sum) : "x"(x)); }
+inline __m256i widen(__m256i x) {
+    alignas(32) static constexpr std::int16_t kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    __asm__ volatile("vpmaddwd %1, %0, %0" : "+x"(x) : "m"(kOnes));
+    return x;
+}
+
+// The first or the second half of what 32 bytes unpack to.
+template <int bits>
+inline __m256i unpack(const std::uint8_t* packed, bool second) {
+    const __m256i both = load(packed);
+    if (bits == 8) return second ? _mm256_srli_epi16(both, 8) : _mm256_and_si256(both, _mm256_set1_epi16(255));
+    return _mm256_and_si256(second ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+}
+
+// A group of a tile: packed, or unpacked.
+struct Group {
+    const std::uint8_t* weights;
+    std::size_t bytes;  // packed
+    const std::uint16_t* scales;
+
+    Group(const Weight& weight, std::size_t tile, std::size_t g) {
+        const std::size_t groups = weight.groups(), all = weight.tile_bytes();
+        const std::size_t whole = kGroup * kTile * static_cast<std::size_t>(weight.bits) / 8;
+        weights = weight.packed + tile * all + g * whole;
+        bytes = g + 1 < groups ? whole : all - g * whole;
+        scales = weight.scales + (tile * groups + g) * kTile;
+    }
+};
+
+// sums += float(dot + zero) * (scale_w * scale_x), of `rows` rows from `row` on.
+template <int bits, std::size_t rows, bool is_packed>
+inline void add_group(const Group& group, const Rounded& x, std::size_t g, std::size_t row, float (*sums)[kTile]) {
+    constexpr std::size_t kValues = 16 / bits;                      // four bytes
+    constexpr std::size_t kBytesOfSum = bits == 4 ? 4 * 64 : 4096;  // packed; all of them in 32 bits
+    const std::size_t at = g * x.rows + row, bytes = group.bytes;
+    const auto* values = static_cast<const typename Avx2<bits>::Value*>(x.values) + at * kGroup;
+    const std::uint8_t* weights = group.weights;
+    const std::uint16_t* halves = group.scales;
+    const float* row_scales = x.scales + at;
+    const std::int32_t* zeros = x.zeros + at;
+    sums += row;
+    alignas(32) std::int32_t dots[rows][kTile];
+    std::size_t start = 0;
+    do {
+        const std::size_t end = start + kBytesOfSum < bytes ? start + kBytesOfSum : bytes;
+        __m256i parts[rows][2];
+#pragma GCC unroll 6
+        for (std::size_t r = 0; r < rows; ++r) parts[r][0] = parts[r][1] = _mm256_setzero_si256();
+        const auto add_products = [&](__m256i low, __m256i high, const auto* four_bytes) {
+#pragma GCC unroll 6
             for (std::size_t r = 0; r < rows; ++r) {
-                const __m256i value = broadcast(x + r * kGroup + k);
-                add16(sums[r][0], _mm256_maddubs_epi16(low, value));
-                add16(sums[r][1], _mm256_maddubs_epi16(high, value));
+                const __m256i value = broadcast(four_bytes + r * kGroup);
+                if (bits == 4) {
+                    add16(parts[r][0], _mm256_maddubs_epi16(low, value));
+                    add16(parts[r][1], _mm256_maddubs_epi16(high, value));
+                } else {
+                    add32(parts[r][0], _mm256_madd_epi16(low, value));
+                    add32(parts[r][1], _mm256_madd_epi16(high, value));
+                }
             }
+        };
+        if (is_packed) {
+            for (std::size_t i = start; i < end; i += 64, weights += 64, values += 2 * kValues) {
+                __builtin_prefetch(weights + 4096);
+                add_products(unpack<bits>(weights, false), unpack<bits>(weights + 32, false), values);
+                add_products(unpack<bits>(weights, true), unpack<bits>(weights + 32, true), values + kValues);
+            }
+        } else {
+            for (std::size_t i = 2 * start; i < 2 * end; i += 64, weights += 64, values += kValues)
+                add_products(load(weights), load(weights + 32), values);
         }
+#pragma GCC unroll 6
         for (std::size_t r = 0; r < rows; ++r) {
+#pragma GCC unroll 2
             for (std::size_t half = 0; half < 2; ++half) {
-                __m256i wide = _mm256_madd_epi16(sums[r][half], ones);
-                if (start) wide = _mm256_add_epi32(wide, load(dots[r] + 8 * half));
-                store(dots[r] + 8 * half, wide);
+                std::int32_t* dot = dots[r] + 8 * half;
+                const __m256i part = bits == 4 ? widen(parts[r][half]) : parts[r][half];
+                store(dot, start ? _mm256_add_epi32(part, load(dot)) : part);
             }
         }
-    }
-}
-
-template <std::size_t rows>
-void dot8(const std::uint8_t* weights, const std::int16_t* x, std::size_t depth, std::int32_t dots[][kTile]) {
-    __m256i sums[rows][2];
-    for (std::size_t r = 0; r < rows; ++r) sums[r][0] = sums[r][1] = _mm256_setzero_si256();
-    for (std::size_t k = 0; k < depth; k += 2) {
-        const __m256i low = load(weights + 2 * k * kTile), high = load(weights + 2 * k * kTile + 32);
+    } while ((start += kBytesOfSum) < bytes);
+#pragma GCC unroll 2
+    for (std::size_t half = 0; half < kTile; half += 8) {
+        const __m256i bfloats = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves + half)));
+        const __m256 scales = _mm256_castsi256_ps(_mm256_slli_epi32(bfloats, 16));
+#pragma GCC unroll 6
         for (std::size_t r = 0; r < rows; ++r) {
-            const __m256i value = broadcast(x + r * kGroup + k);
-            add32(sums[r][0], _mm256_madd_epi16(low, value));
-            add32(sums[r][1], _mm256_madd_epi16(high, value));
+            const __m256i dot = _mm256_add_epi32(load(dots[r] + half), _mm256_set1_epi32(zeros[r]));
+            const __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(row_scales[r]));
+            float* sum = sums[r] + half;
+            _mm256_storeu_ps(sum, _mm256_add_ps(_mm256_loadu_ps(sum), _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale)));
         }
-    }
-    for (std::size_t r = 0; r < rows; ++r) {
-        store(dots[r], sums[r][0]);
-        store(dots[r] + 8, sums[r][1]);
     }
 }
 
-struct FourBits {
-    using Value = std::int8_t;
-    static constexpr std::size_t kRows = kRowsOfRegisters;
-
-    // [k/4][16 outputs][4 k], one unsigned byte each
-    static void unpack(const std::uint8_t* packed, int, std::size_t depth, std::uint8_t* unpacked) {
-        const __m256i nibble = _mm256_set1_epi8(15);
-        for (std::size_t k = 0; k < depth; k += 8, packed += 64, unpacked += 128) {
-            __builtin_prefetch(packed + 4096);
-            const __m256i low = load(packed), high = load(packed + 32);
-            store(unpacked, _mm256_and_si256(low, nibble));
-            store(unpacked + 32, _mm256_and_si256(high, nibble));
-            store(unpacked + 64, _mm256_and_si256(_mm256_srli_epi16(low, 4), nibble));
-            store(unpacked + 96, _mm256_and_si256(_mm256_srli_epi16(high, 4), nibble));
-        }
+// All groups of a tile, as they are packed, by all rows from `row` on.
+template <int bits, std::size_t rows = kRows>
+void add_tile(const Weight& weight, std::size_t tile, const Rounded& x, std::size_t row, float (*sums)[kTile]) {
+    for (; row + rows <= x.rows; row += rows)
+        for (std::size_t g = 0; g < weight.groups(); ++g)
+            add_group<bits, rows, true>(Group(weight, tile, g), x, g, row, sums);
+    if constexpr (rows > 1) {
+        if (row < x.rows) add_tile<bits, rows - 1>(weight, tile, x, row, sums);
     }
+}
 
-    static std::int32_t zero_point(int) { return 8; }
-
-    static void dot(const std::uint8_t* weights, const Value* x, std::size_t rows, std::size_t depth, int,
-                    std::int32_t dots[][kTile]) {
-        switch (rows) {
-            case 1: return dot4<1>(weights, x, depth, dots);
-            case 2: return dot4<2>(weights, x, depth, dots);
-            case 3: return dot4<3>(weights, x, depth, dots);
-            case 4: return dot4<4>(weights, x, depth, dots);
-            case 5: return dot4<5>(weights, x, depth, dots);
-            default: return dot4<6>(weights, x, depth, dots);
-        }
+// A group of a tile, unpacked, by all rows from `row` on.
+template <int bits, std::size_t rows = kRows>
+void add_unpacked(const Group& group, const Rounded& x, std::size_t g, std::size_t row, float (*sums)[kTile]) {
+    for (; row + rows <= x.rows; row += rows) add_group<bits, rows, false>(group, x, g, row, sums);
+    if constexpr (rows > 1) {
+        if (row < x.rows) add_unpacked<bits, rows - 1>(group, x, g, row, sums);
     }
-};
+}
 
-struct EightBits {
-    using Value = std::int16_t;
-    static constexpr std::size_t kRows = kRowsOfRegisters;
-
-    // [k/2][16 outputs][2 k], 16 signed bits each, the zero point taken away
-    static void unpack(const std::uint8_t* packed, int, std::size_t depth, std::uint8_t* unpacked) {
-        const __m256i zero = _mm256_set1_epi16(128);
-        const __m256i first = _mm256_setr_epi8(0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1,  //
-                                               0, -1, 1, -1, 4, -1, 5, -1, 8, -1, 9, -1, 12, -1, 13, -1);
-        const __m256i second = _mm256_setr_epi8(2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1,  //
-                                                2, -1, 3, -1, 6, -1, 7, -1, 10, -1, 11, -1, 14, -1, 15, -1);
-        for (std::size_t k = 0; k < depth; k += 4, packed += 64, unpacked += 128) {
-            __builtin_prefetch(packed + 4096);
-            const __m256i low = load(packed), high = load(packed + 32);
-            store(unpacked, _mm256_sub_epi16(_mm256_shuffle_epi8(low, first), zero));
-            store(unpacked + 32, _mm256_sub_epi16(_mm256_shuffle_epi8(high, first), zero));
-            store(unpacked + 64, _mm256_sub_epi16(_mm256_shuffle_epi8(low, second), zero));
-            store(unpacked + 96, _mm256_sub_epi16(_mm256_shuffle_epi8(high, second), zero));
+template <int bits>
+void multiply_bits(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y) {
+    alignas(64) static thread_local float sums[kTilesAtOnce][kRowsAtOnce][kTile];
+    alignas(64) std::uint8_t unpacked[2 * kGroup * kTile * bits / 8];
+    for (std::size_t from = first_tile; from < last_tile; from += kTilesAtOnce) {
+        const std::size_t to = from + kTilesAtOnce < last_tile ? from + kTilesAtOnce : last_tile;
+        for (std::size_t tile = from; tile < to; ++tile) std::memset(sums[tile - from], 0, x.rows * sizeof sums[0][0]);
+        if (x.rows > kManyRows) {
+            for (std::size_t g = 0; g < weight.groups(); ++g) {
+                for (std::size_t tile = from; tile < to; ++tile) {
+                    Group group(weight, tile, g);
+                    std::uint8_t* into = unpacked;
+                    for (std::size_t i = 0; i < group.bytes; i += 64)
+                        for (bool second : {false, true})
+                            for (std::size_t half = 0; half < 64; half += 32, into += 32)
+                                store(into, unpack<bits>(group.weights + i + half, second));
+                    group.weights = unpacked;
+                    add_unpacked<bits>(group, x, g, 0, sums[tile - from]);
+                }
+            }
+        } else {
+            for (std::size_t tile = from; tile < to; ++tile) add_tile<bits>(weight, tile, x, 0, sums[tile - from]);
         }
+        for (std::size_t tile = from; tile < to; ++tile) write_tile(weight, tile, sums[tile - from], x.rows, y);
     }
-
-    static std::int32_t zero_point(int) { return 0; }
-
-    static void dot(const std::uint8_t* weights, const Value* x, std::size_t rows, std::size_t depth, int,
-                    std::int32_t dots[][kTile]) {
-        switch (rows) {
-            case 1: return dot8<1>(weights, x, depth, dots);
-            case 2: return dot8<2>(weights, x, depth, dots);
-            case 3: return dot8<3>(weights, x, depth, dots);
-            case 4: return dot8<4>(weights, x, depth, dots);
-            case 5: return dot8<5>(weights, x, depth, dots);
-            default: return dot8<6>(weights, x, depth, dots);
-        }
-    }
-};
+}
 
 // `rows` rows from `row` on, by columns of 16 bits: vpmaddwd leaves two sums for each of the 16.
 template <std::size_t rows>
@@ -185,14 +227,23 @@ void multiply_tile(const std::uint8_t* low, const std::uint8_t* high, const Quad
     for (; row < x.rows; ++row) multiply_tile_rows<1>(columns, x, row, into);
 }
 
-std::size_t value_bytes(int bits) { return bits == 4 ? sizeof(FourBits::Value) : sizeof(EightBits::Value); }
+std::size_t value_bytes(int bits) { return bits == 4 ? sizeof(Avx2<4>::Value) : sizeof(Avx2<8>::Value); }
 
 void round_row(const Weight& weight, const float* x, std::size_t row, const Rounded& into) {
-    (weight.bits == 4 ? round_row_to<FourBits> : round_row_to<EightBits>)(weight, x, row, into);
+    if (weight.bits == 4) return round_row_to<Avx2<4>>(weight, x, row, into);
+    round_row_to<Avx2<8>>(weight, x, row, into);
+    for (std::size_t g = 0; g < weight.groups(); ++g) {
+        auto* values = static_cast<Avx2<8>::Value*>(into.values) + (g * into.rows + row) * kGroup;
+        for (std::size_t k = 0; k < kGroup; k += 16) {
+            constexpr int kEvenBeforeOdd = _MM_SHUFFLE(3, 1, 2, 0);  // of every four
+            const __m256i mixed = _mm256_shufflehi_epi16(load(values + k), kEvenBeforeOdd);
+            store(values + k, _mm256_shufflelo_epi16(mixed, kEvenBeforeOdd));
+        }
+    }
 }
 
 void multiply(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y) {
-    (weight.bits == 4 ? multiply_tiles<FourBits> : multiply_tiles<EightBits>)(weight, x, first_tile, last_tile, y);
+    (weight.bits == 4 ? multiply_bits<4> : multiply_bits<8>)(weight, x, first_tile, last_tile, y);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 
 #include "attend.h"
 #include "attend_quantized.h"
-#include "loop.h"
+#include "rows.h"
 
 namespace blip2rt {
 namespace {

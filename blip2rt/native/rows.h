@@ -1,5 +1,5 @@
-// What all paths share: rounding rows, and the walk over tiles, groups and rows. Every path compiles it for its own
-// instructions, so everything here is in an unnamed namespace.
+// What happens to rows before they meet the weights and after: rounding, and bias with activation. Every path compiles it
+// for its own instructions, so everything here is in an unnamed namespace.
 #pragma once
 
 #include <cmath>
@@ -15,13 +15,6 @@
 
 namespace blip2rt {
 namespace {
-
-inline float from_bfloat16(std::uint16_t half) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(half) << 16;
-    float number;
-    std::memcpy(&number, &bits, sizeof number);
-    return number;
-}
 
 // Half-even rounding of numbers far below 2^22, as additions that compilers vectorise.
 inline float round_half_even(float x) {
@@ -105,56 +98,17 @@ void round_row_to(const Weight& weight, const float* x, std::size_t row, const R
     }
 }
 
-// Rows that share weights go together; few rows read tile after tile, many rows keep a panel of x in the cache while
-// eight tiles use it. The order of the groups, and so the result, is the same.
-template <typename Arithmetic>
-void multiply_tiles(const Weight& weight, const Rounded& x, std::size_t first_tile, std::size_t last_tile, float* y) {
-    using Value = typename Arithmetic::Value;
-    constexpr std::size_t kTilesAtOnce = 8;
-    alignas(64) static thread_local float sums[kTilesAtOnce][kRowsAtOnce][kTile];
-    alignas(64) std::uint8_t unpacked[kGroup * kTile * sizeof(Value)];
-    alignas(64) std::int32_t dots[Arithmetic::kRows][kTile];
-    alignas(64) float scales[kTile];
-    const std::size_t groups = weight.groups(), padded = weight.padded_depth();
-    const std::size_t at_once = x.rows > kTile ? kTilesAtOnce : 1;
-    for (std::size_t from = first_tile; from < last_tile; from += at_once) {
-        const std::size_t to = from + at_once < last_tile ? from + at_once : last_tile;
-        for (std::size_t g = 0; g < groups; ++g) {
-            const std::size_t depth = g + 1 < groups ? kGroup : padded - g * kGroup;
-            const Value* values = static_cast<const Value*>(x.values) + g * x.rows * kGroup;
-            for (std::size_t tile = from; tile < to; ++tile) {
-                const std::size_t offset = g * kGroup * kTile * static_cast<std::size_t>(weight.bits) / 8;
-                const std::uint8_t* packed = weight.packed + tile * weight.tile_bytes() + offset;
-                const std::uint16_t* halves = weight.scales + (tile * groups + g) * kTile;
-                for (std::size_t n = 0; n < kTile; ++n) scales[n] = from_bfloat16(halves[n]);
-                Arithmetic::unpack(packed, weight.bits, depth, unpacked);
-                for (std::size_t row = 0; row < x.rows; row += Arithmetic::kRows) {
-                    const std::size_t rows = x.rows - row < Arithmetic::kRows ? x.rows - row : Arithmetic::kRows;
-                    Arithmetic::dot(unpacked, values + row * kGroup, rows, depth, weight.bits, dots);
-                    for (std::size_t r = 0; r < rows; ++r) {
-                        const std::size_t i = g * x.rows + row + r;
-                        const float scale = x.scales[i];
-                        const std::int32_t zero = x.zeros[i];
-                        float* sum = sums[tile - from][row + r];
-                        if (g == 0) std::memset(sum, 0, kTile * sizeof(float));
-                        for (std::size_t n = 0; n < kTile; ++n)
-                            sum[n] = sum[n] + static_cast<float>(dots[r][n] + zero) * (scales[n] * scale);
-                    }
-                }
-            }
-        }
-        for (std::size_t tile = from; tile < to; ++tile) {
-            const std::size_t first = tile * kTile;
-            const std::size_t count = weight.outputs - first < kTile ? weight.outputs - first : kTile;
-            for (std::size_t row = 0; row < x.rows; ++row) {
-                float* into = y + row * weight.outputs + first;
-                for (std::size_t n = 0; n < count; n += kLanes) {
-                    const std::size_t lanes = count - n < kLanes ? count - n : kLanes;
-                    const Floats bias = load_some(weight.bias + first + n, lanes);
-                    const Floats found = activate(weight.activation, load(sums[tile - from][row] + n) + bias);
-                    std::memcpy(into + n, &found, lanes * sizeof(float));
-                }
-            }
+// y of a tile, of all rows, from the sums over its groups.
+inline void write_tile(const Weight& weight, std::size_t tile, const float (*sums)[kTile], std::size_t rows, float* y) {
+    const std::size_t first = tile * kTile;
+    const std::size_t count = weight.outputs - first < kTile ? weight.outputs - first : kTile;
+    for (std::size_t row = 0; row < rows; ++row) {
+        float* into = y + row * weight.outputs + first;
+        for (std::size_t n = 0; n < count; n += kLanes) {
+            const std::size_t lanes = count - n < kLanes ? count - n : kLanes;
+            const Floats bias = load_some(weight.bias + first + n, lanes);
+            const Floats found = activate(weight.activation, load(sums[row] + n) + bias);
+            std::memcpy(into + n, &found, lanes * sizeof(float));
         }
     }
 }
