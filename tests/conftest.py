@@ -4,13 +4,14 @@ import fcntl
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
@@ -25,8 +26,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import blip2rt.export
 from blip2rt import Pipeline, bundled
 from blip2rt.export import export_engine
+from blip2rt.export.graphs import trace_stage
+from blip2rt.stages import StageSpec
 
 pytest_plugins = ["serving"] if find_spec("fastapi") else []
 
@@ -48,6 +52,31 @@ LONG_FILES = ("test_train_small.py", "test_training_resume.py", "test_torch_devi
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; the others keep their order."""
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
+def structure(module: torch.nn.Module) -> tuple[object, ...]:
+    """What a graph depends on: the kinds of all parts, their settings, the shapes of their parameters."""
+    parts = [
+        (name, type(part), repr([(key, value) for key, value in vars(part).items() if not key.startswith("_")]))
+        for name, part in module.named_modules()
+    ]
+    return *parts, *((name, parameter.shape) for name, parameter in module.named_parameters())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once() -> Iterator[None]:
+    """Graphs of the same structure are traced once for all exports: that is where their time goes."""
+    known: dict[tuple[object, ...], ir.Model] = {}
+
+    def trace_once(module: torch.nn.Module, spec: StageSpec) -> ir.Model:
+        key = spec, *structure(module)
+        if key not in known:
+            known[key] = trace_stage(module, spec)
+        return known[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blip2rt.export, "trace_stage", trace_once)
+        yield
 
 
 def make_checkpoint(

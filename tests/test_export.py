@@ -10,14 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,7 +28,6 @@ from blip2rt.engine_directory import check_files, describe_files, find_engine
 from blip2rt.export import export_engine, graphs
 from blip2rt.manifest import FORMAT_REVISION, MANIFEST_NAME, Manifest
 from blip2rt.model import load_blip2
-from blip2rt.stages import StageSpec
 
 LAST_STEPS = 16  # of an export on the disk: manifest, syncs, exchange, removal of the old engine
 ONE_LAYER = 7  # a seed of the smallest checkpoint: one layer everywhere
@@ -52,25 +50,7 @@ def sign(engine: Path, change: Callable[[dict[str, Any]], object] = lambda manif
 
 
 @pytest.fixture(scope="module")
-def traced() -> Iterator[None]:
-    """Every graph is traced once for all exports of this file: that is where their time goes."""
-    known: dict[StageSpec, ir.Model] = {}
-    trace = graphs.trace_stage
-
-    def trace_once(module: torch.nn.Module, spec: StageSpec) -> ir.Model:
-        if spec not in known:
-            known[spec] = trace(module, spec)
-        return known[spec].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blip2rt.export, "trace_stage", trace_once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def small(
-    tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[..., Path], traced: None
-) -> tuple[Path, Path]:
+def small(tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[..., Path]) -> tuple[Path, Path]:
     """The smallest checkpoint and its engine. Do not write into them."""
     folder = tmp_path_factory.mktemp("small")
     checkpoint = checkpoint_maker(folder / "checkpoint", seed=ONE_LAYER, num_hidden_layers=1)

@@ -6,7 +6,7 @@ were made. Features agree within 2e-5, logits and losses within 1e-5 of the arra
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import blip2rt.export
 from blip2rt import Generation, Pipeline
 from blip2rt.backends.ort import Stage
-from blip2rt.export import export_engine, graphs
+from blip2rt.export import export_engine
 from blip2rt.generative import Prompt
 from blip2rt.manifest import Manifest
 from blip2rt.model import Blip2, CheckpointSource, load_blip2
@@ -90,16 +89,9 @@ def same_logits(what: str, found: Array, expected: Array) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
-    """Engines of SOURCES, each built once; graphs that are equal are traced once."""
-    folder, built, known = tmp_path_factory.mktemp("engines"), {}, {}
-    trace = graphs.trace_stage
-
-    def trace_once(module: torch.nn.Module, spec: Any) -> Any:
-        key = spec, str(module)  # names every eps and every block
-        if key not in known:
-            known[key] = trace(module, spec)
-        return known[key].clone()
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Engines of SOURCES, each built once."""
+    folder, built = tmp_path_factory.mktemp("engines"), dict[str, Path]()
 
     def engine(name: str) -> Path:
         if name not in built:
@@ -108,9 +100,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
             built[name] = export_engine(SOURCES[name], folder / name.replace(" ", "-"), tokenizer=tokenizer)
         return built[name]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blip2rt.export, "trace_stage", trace_once)
-        yield engine
+    return engine
 
 
 def features_of_engine(engine: Path, pixel_values: Array) -> tuple[Array, Array, Array]:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import blip2rt.export
 from blip2rt import EngineError, Pipeline
 from blip2rt.backends.ort import session_options
 from blip2rt.cli import main
 from blip2rt.errors import ExportError
-from blip2rt.export import export_engine, graphs, verify
+from blip2rt.export import export_engine, verify
 from blip2rt.export.lower import StoredWeight
 from blip2rt.export.quantize import bits_of, quantize
 from blip2rt.export.rounding import round_weight
 from blip2rt.export.weights import write_stage
 from blip2rt.manifest import Manifest
 from blip2rt.native import library_path, native_path, twin
-from blip2rt.stages import StageSpec
 
 Array = np.ndarray[Any, Any]
 
@@ -259,29 +257,13 @@ def test_outlier_channels(kernels: str, factor: float, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def traced() -> Iterator[None]:
-    """Every graph is traced once for all exports of this file: that is where their time goes."""
-    known: dict[StageSpec, ir.Model] = {}
-    trace = graphs.trace_stage
-
-    def trace_once(module: torch.nn.Module, spec: StageSpec) -> ir.Model:
-        if spec not in known:
-            known[spec] = trace(module, spec)
-        return known[spec].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blip2rt.export, "trace_stage", trace_once)
-        yield
-
-
-@pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, checkpoint_maker: Callable[..., Path]) -> Path:
     """The smallest checkpoint."""
     return checkpoint_maker(tmp_path_factory.mktemp("small") / "checkpoint", seed=ONE_LAYER, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module", params=[(k, p) for k in ("native", "stock") for p in ("int8", "int4")], ids=str)
-def engine(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: Any, traced: None) -> Path:
+def engine(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: Any) -> Path:
     """Its engine, for each precision and each kind of kernels; the folder has the name of the kind."""
     kernels, precision = request.param
     if kernels == "native" and library_path() is None:
@@ -330,7 +312,7 @@ def test_alone_equals_in_a_batch(engine: Path) -> None:
         ]
 
 
-def test_t5_as_well(checkpoint_maker: Callable[..., Path], tmp_path: Path, traced: None) -> None:
+def test_t5_as_well(checkpoint_maker: Callable[..., Path], tmp_path: Path) -> None:
     """Another language model, in two stages, by the same pattern."""
     checkpoint = checkpoint_maker(tmp_path / "checkpoint", seed=ONE_LAYER, model_type="t5")
     pipe = Pipeline(export_engine(checkpoint, tmp_path / "engine", precision="int4"))
@@ -351,7 +333,7 @@ def test_threads_change_nothing(engine: Path) -> None:
 
 @pytest.mark.skipif(library_path() is None, reason="the kernels were not built")
 def test_engine_without_its_kernels(
-    checkpoint: Path, tmp_path: Path, traced: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Paths of the library agree to the bit; without it, one sentence says so."""
     path = export_engine(checkpoint, tmp_path / "engine", precision="int4")
@@ -366,9 +348,7 @@ def test_engine_without_its_kernels(
     assert "here: missing" in capsys.readouterr().out
 
 
-def test_export_fails_beyond_the_limit(
-    checkpoint: Path, tmp_path: Path, traced: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_export_fails_beyond_the_limit(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight rounded with a wrong scale is found, in the block where it is."""
 
     def round_wrongly(weight: torch.Tensor, bits: int, group: int) -> tuple[Array, Array]:

@@ -4,17 +4,14 @@
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-import blip2rt.export
 from blip2rt import InputError, Pipeline
-from blip2rt.export import export_engine, graphs
+from blip2rt.export import export_engine
 from blip2rt.model import CheckpointSource
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "fixtures"
@@ -47,26 +44,16 @@ def same_ranks(what: str, itc: Array, scores: Array, expected: Array) -> None:
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Both engines; graphs that are equal are traced once."""
-    folder, known = tmp_path_factory.mktemp("engines"), dict[Any, Any]()
-    trace = graphs.trace_stage
-
-    def trace_once(module: torch.nn.Module, spec: Any) -> Any:
-        key = spec, str(module)
-        if key not in known:
-            known[key] = trace(module, spec)
-        return known[key].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blip2rt.export, "trace_stage", trace_once)
-        yield {
-            name: export_engine(CheckpointSource(file, CONFIG), folder / name, text_tokenizer=tokenizer)
-            for name, file, tokenizer in (
-                ("lavis", LAVIS / "lavis" / "stage1.pth", LAVIS / "tokenizers" / "bert"),
-                ("mmpretrain", MMPRETRAIN / "retrieval.pth", MMPRETRAIN / "tokenizers" / "bert"),
-            )
-        }
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both engines."""
+    folder = tmp_path_factory.mktemp("engines")
+    return {
+        name: export_engine(CheckpointSource(file, CONFIG), folder / name, text_tokenizer=tokenizer)
+        for name, file, tokenizer in (
+            ("lavis", LAVIS / "lavis" / "stage1.pth", LAVIS / "tokenizers" / "bert"),
+            ("mmpretrain", MMPRETRAIN / "retrieval.pth", MMPRETRAIN / "tokenizers" / "bert"),
+        )
+    }
 
 
 def pictures(folder: Path) -> list[Array]:
